@@ -1,0 +1,62 @@
+"""Language model, stage 2: understanding and generation (report section 3). Everything learns; text and 8 audio channels.
+
+    mimo-jax train --config configs/joint.py:tiny --workdir runs/joint \
+        --config.init_from=runs/understanding --config.data.text_tokenizer=data/text.model \
+        --config.data.sources.speech.path=data/shards/speech --config.data.sources.text.path=data/shards/text \
+        --config.data.validation.speech.path=data/shards/speech-validation
+
+`7b` as published: 2048 rows x 8192 positions, 5 T positions (2.6 T text, 2.4 T audio, about 107 million hours), learning
+rates 2e-4 / 3e-5 / 2e-4 (patch encoder / LLM / patch decoder), cosine after 1 % warm-up, loss weights
+100-12-8-6-4-2-2-1-1. The smaller sizes are trained from scratch here and have their own rates.
+"""
+
+from ml_collections import ConfigDict
+
+from mimo_jax import presets
+from mimo_jax.config import (
+    LayoutWeights,
+    LearningRates,
+    LMDataConfig,
+    LMTrainConfig,
+    MeshConfig,
+    RunConfig,
+    SourceConfig,
+    to_config_dict,
+)
+
+
+def get_config(size: str | None = None) -> ConfigDict:
+    size = presets.check_size(size)
+    rows, length, patches, steps, rates = {
+        "tiny": (4, 256, 192, 400, LearningRates(llm=1e-3, patch_encoder=2e-3, patch_decoder=2e-3)),
+        "100m": (64, 2048, 1536, 40_000, LearningRates(llm=5e-4, patch_encoder=1e-3, patch_decoder=1e-3)),
+        "1b": (512, 8192, 6144, 100_000, LearningRates(llm=2e-4, patch_encoder=4e-4, patch_decoder=4e-4)),
+        "7b": (2048, 8192, 6144, 298_023, LearningRates(llm=3e-5, patch_encoder=2e-4, patch_decoder=2e-4)),
+    }[size]
+    every = {"tiny": 100}.get(size, 1000)
+    speech = LayoutWeights(continuation=0.3, interleaved=0.2, asr=0.15, tts=0.2, caption=0.05, instruct_tts=0.1)
+    text_share = 2.6 / 5.0  # of the positions, as published
+    if size == "tiny":
+        text_share = 0.2  # the tiny run has minutes, and its text is a few sentences
+    return to_config_dict(
+        LMTrainConfig(
+            model=presets.audio_lm(size),
+            data=LMDataConfig(
+                sources={
+                    "speech": SourceConfig("data/shards/speech", 1.0 - text_share, speech),
+                    "text": SourceConfig("data/shards/text", text_share, LayoutWeights(text=1.0)),
+                },
+                validation={"speech": SourceConfig("data/shards/speech-validation", 1.0, speech)},
+                text_tokenizer="data/text.model",
+                rows=rows,
+                row_length=length,
+                row_patches=patches,
+                block_documents=256 if size == "tiny" else 4096,
+            ),
+            run=RunConfig(steps=steps, eval_every=every, checkpoint_every=every),
+            learning_rates=rates,
+            compute=presets.compute(size),
+            mesh=MeshConfig() if size in ("tiny", "100m") else MeshConfig(data=-1, fsdp=32),
+            init_from="runs/understanding",
+        )
+    )

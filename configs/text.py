@@ -1,0 +1,54 @@
+"""Text-only pre-training: the language model that the audio stages start from.
+
+    mimo-jax train --config configs/text.py:tiny --workdir runs/text \
+        --config.data.sources.text.path=data/shards/text --config.data.validation.text.path=data/shards/text-validation \
+        --config.data.text_tokenizer=data/text.model
+
+The published system starts from MiMo-7B-Base; this config trains such a start. Budgets and learning rates are ours.
+"""
+
+from ml_collections import ConfigDict
+
+from mimo_jax import presets
+from mimo_jax.config import (
+    LayoutWeights,
+    LearningRates,
+    LMDataConfig,
+    LMLossConfig,
+    LMTrainConfig,
+    MeshConfig,
+    RunConfig,
+    SourceConfig,
+    to_config_dict,
+)
+
+
+def get_config(size: str | None = None) -> ConfigDict:
+    size = presets.check_size(size)
+    rows, length, steps, learning_rate = {
+        "tiny": (8, 256, 200, 2e-3),
+        "100m": (64, 2048, 20_000, 1e-3),
+        "1b": (512, 8192, 50_000, 4e-4),
+        "7b": (2048, 8192, 500_000, 1.5e-4),
+    }[size]
+    every = {"tiny": 100}.get(size, 1000)
+    text = LayoutWeights(text=1.0)
+    return to_config_dict(
+        LMTrainConfig(
+            model=presets.audio_lm(size),
+            data=LMDataConfig(
+                sources={"text": SourceConfig("data/shards/text", 1.0, text)},
+                validation={"text": SourceConfig("data/shards/text-validation", 1.0, text)},
+                text_tokenizer="data/text.model",
+                rows=rows,
+                row_length=length,
+                row_patches=0,
+                block_documents=256 if size == "tiny" else 4096,
+            ),
+            run=RunConfig(steps=steps, eval_every=every, checkpoint_every=every),
+            learning_rates=LearningRates(llm=learning_rate),
+            loss=LMLossConfig(text_weight=1.0, channel_weights=(0.0,) * 8),
+            compute=presets.compute(size),
+            mesh=MeshConfig() if size in ("tiny", "100m") else MeshConfig(data=-1, fsdp=32),
+        )
+    )

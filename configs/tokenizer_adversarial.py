@@ -1,0 +1,53 @@
+"""Audio tokenizer, stage 2: decoder and vocoder against 5 multi-period and 5 STFT discriminators (report section 2.1).
+
+Encoder and codebooks stay as stage 1 left them (`init_from`). Generator: 1 x mel + 1 x adversarial + 2 x feature
+matching; hinge loss, spectral norm on every discriminator layer, no weight decay for the discriminators.
+
+    mimo-jax config show --config configs/tokenizer_adversarial.py:7b
+"""
+
+from ml_collections import ConfigDict
+
+from mimo_jax import presets
+from mimo_jax.config import (
+    AdversarialTrainConfig,
+    AudioDataConfig,
+    DiscriminatorConfig,
+    MeshConfig,
+    RunConfig,
+    to_config_dict,
+)
+
+
+def get_config(size: str | None = None) -> ConfigDict:
+    size = presets.check_size(size)
+    rows, steps, learning_rate = {
+        "tiny": (4, 400, 2e-4),
+        "100m": (16, 200_000, 2e-4),
+        "1b": (64, 300_000, 1e-4),
+        "7b": (128, 500_000, 1e-4),
+    }[size]
+    every = {"tiny": 100}.get(size, 2000)
+    return to_config_dict(
+        AdversarialTrainConfig(
+            model=presets.audio_tokenizer(size),
+            discriminator=DiscriminatorConfig(period_channels=(8, 16, 32, 64, 64), stft_channels=8)
+            if size == "tiny"
+            else DiscriminatorConfig(),
+            data=AudioDataConfig(
+                manifest="data/train.jsonl",
+                validation="data/validation.jsonl",
+                text_tokenizer="data/text.model",
+                rows=rows,
+                row_codes=64,
+                row_text=0,
+                max_seconds=2.5,
+            ),
+            run=RunConfig(steps=steps, eval_every=every, checkpoint_every=every),
+            learning_rate=learning_rate,
+            discriminator_learning_rate=learning_rate,
+            init_from="runs/tokenizer",
+            compute=presets.compute(size),
+            mesh=MeshConfig() if size in ("tiny", "100m") else MeshConfig(data=-1, fsdp=8),
+        )
+    )

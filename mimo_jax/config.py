@@ -1,0 +1,744 @@
+"""Every setting of the stack, as frozen dataclasses: the single source of truth.
+
+Config files (`configs/*.py`) build these dataclasses and hand them out as `ml_collections.ConfigDict`
+(`to_config_dict`), so that `--config=FILE:SIZE --config.a.b=value` works; `from_config_dict` turns the
+edited ConfigDict back into the dataclass, refusing unknown keys, wrong types and impossible values by name
+before anything is compiled. `docs/configuration.md` shows the usage.
+
+Symbols: B batch, L sequence positions, C patches of a row, G frames of a patch, R RVQ channels of the language
+model, T mel frames (100 Hz), M RVQ frames (25 Hz), S samples (24 kHz).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict as _config_dict
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or impossible. The message names the setting."""
+
+
+def _require(condition: bool, setting: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{setting}: expected {expected}, got {got!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Models
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """One stack of pre-norm transformer blocks. Every stack of the system is one of these.
+
+    `layernorm` + `gelu` with biases is the audio tokenizer's block; `rmsnorm` + `swiglu` with q/k/v biases is the
+    Qwen2 block of the language model (report section 2). `window` = (left, right), inclusive; -1 is unlimited.
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    d_ff: int
+    num_kv_heads: int
+    causal: bool
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = 1e-6
+    mlp: Literal["gelu", "swiglu"] = "swiglu"
+    mlp_bias: bool = False
+    q_bias: bool = True
+    k_bias: bool = True
+    v_bias: bool = True
+    out_bias: bool = False
+    window: tuple[int, int] = (-1, -1)
+    rope_theta: float = 640_000.0
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_layers", "num_heads", "head_dim", "d_ff", "num_kv_heads"):
+            _require(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
+        _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of num_heads {self.num_heads}", self.num_kv_heads)
+        _require(self.head_dim % 2 == 0, "head_dim", "an even number (rotary embedding)", self.head_dim)
+        _require(len(self.window) == 2 and min(self.window) >= -1, "window", "(left, right), each >= -1", self.window)
+
+    @staticmethod
+    def qwen2(d_model: int, num_layers: int, num_heads: int, head_dim: int, d_ff: int, num_kv_heads: int | None = None,
+              causal: bool = True, rope_theta: float = 640_000.0) -> TransformerConfig:
+        """A stack of Qwen2 blocks (LLM, patch encoder, patch decoder, A2T decoder)."""
+        return TransformerConfig(d_model=d_model, num_layers=num_layers, num_heads=num_heads, head_dim=head_dim, d_ff=d_ff,
+                                 num_kv_heads=num_kv_heads or num_heads, causal=causal, rope_theta=rope_theta)
+
+    @staticmethod
+    def codec(d_model: int, num_layers: int, num_heads: int, d_ff: int, causal: bool,
+              window: tuple[int, int] = (-1, -1), norm: Literal["layernorm", "rmsnorm"] = "layernorm") -> TransformerConfig:
+        """A stack of the audio tokenizer's blocks: LayerNorm, GELU, q/v/out biased and k not, theta 10000."""
+        return TransformerConfig(d_model=d_model, num_layers=num_layers, num_heads=num_heads, head_dim=d_model // num_heads,
+                                 d_ff=d_ff, num_kv_heads=num_heads, causal=causal, norm=norm,
+                                 norm_eps=1e-5 if norm == "layernorm" else 1e-6, mlp="gelu", mlp_bias=True, q_bias=True,
+                                 k_bias=False, v_bias=True, out_bias=True, window=window, rope_theta=10_000.0)
+
+    def params_per_layer(self) -> int:
+        """Parameters of one block."""
+        d, q, kv = self.d_model, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = d * q + 2 * d * kv + q * d
+        attention += q * self.q_bias + kv * self.k_bias + kv * self.v_bias + d * self.out_bias
+        mlp = (3 if self.mlp == "swiglu" else 2) * d * self.d_ff + (self.d_ff + d) * self.mlp_bias
+        return attention + mlp + 2 * self.norm_params()
+
+    def norm_params(self) -> int:
+        """Parameters of one norm layer."""
+        return self.d_model * (2 if self.norm == "layernorm" else 1)
+
+    def num_params(self) -> int:
+        """Parameters of all blocks and of the final norm that follows them."""
+        return self.num_layers * self.params_per_layer() + self.norm_params()
+
+    def flops_per_position(self, context: float) -> float:
+        """Forward FLOPs of one position: 2 per weight, plus attention over `context` keys on average.
+
+        Pass (length + 1) / 2 for causal attention over a document of `length` positions.
+        """
+        d, q, kv = self.d_model, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        weights = d * q + 2 * d * kv + q * d + (3 if self.mlp == "swiglu" else 2) * d * self.d_ff
+        left, right = self.window
+        if left >= 0 and right >= 0:
+            context = min(context, left + right + 1)
+        return self.num_layers * (2.0 * weights + 4.0 * context * q)
+
+
+@dataclass(frozen=True)
+class MelConfig:
+    """Log-mel spectrogram: HTK scale, no filter norm, magnitude, log(max(x, floor)). Frequencies in Hz."""
+
+    sample_rate: int = 24_000
+    n_fft: int = 960
+    win_length: int = 960
+    hop_length: int = 240
+    n_mels: int = 128
+    f_min: float = 0.0
+    f_max: float | None = None
+    floor: float = 1e-7
+
+    def __post_init__(self) -> None:
+        _require(0 < self.win_length <= self.n_fft, "win_length", f"1..n_fft ({self.n_fft})", self.win_length)
+        _require(0 < self.hop_length <= self.win_length, "hop_length", f"1..win_length ({self.win_length})", self.hop_length)
+        top = self.sample_rate / 2 if self.f_max is None else self.f_max
+        _require(0 <= self.f_min < top <= self.sample_rate / 2, "f_max", "f_min < f_max <= sample_rate / 2", self.f_max)
+
+
+@dataclass(frozen=True)
+class RVQConfig:
+    """Residual vector quantiser, learned by exponential moving averages (report section 2.1; released code).
+
+    Attributes:
+        codebook_sizes: entries of each level; all codebooks have the encoder's width.
+        ema_decay: decay of the code sums and counts.
+        epsilon: Laplace smoothing of the counts.
+        kmeans_iterations: Lloyd iterations of the start on the first batch.
+        dead_code_threshold: a code whose EMA count falls below this is replaced by a vector of the batch.
+        commitment: `first` as published (the residual handed on is the straight-through value, so only the first
+            level's commitment reaches the encoder) or `all` levels.
+        dropout_probability: share of the training segments that are quantised with a random number of levels.
+    """
+
+    codebook_sizes: tuple[int, ...] = (1024, 1024) + (128,) * 18
+    ema_decay: float = 0.99
+    epsilon: float = 1e-5
+    kmeans_iterations: int = 50
+    dead_code_threshold: float = 2.0
+    commitment: Literal["first", "all"] = "first"
+    dropout_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(len(self.codebook_sizes) > 0 and min(self.codebook_sizes) > 1, "codebook_sizes", "sizes > 1", self.codebook_sizes)
+        _require(max(self.codebook_sizes) <= 65_535, "codebook_sizes", "sizes that fit uint16", max(self.codebook_sizes))
+        _require(0 < self.ema_decay < 1, "ema_decay", "a number in (0, 1)", self.ema_decay)
+        _require(0 <= self.dropout_probability <= 1, "dropout_probability", "a number in [0, 1]", self.dropout_probability)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.codebook_sizes)
+
+
+@dataclass(frozen=True)
+class AudioTokenizerConfig:
+    """Audio tokenizer: mel encoder, RVQ, decoder to a coarse mel, vocoder (report section 2.1).
+
+    `encoder_skip_layer` is 1-based; `pool` is the stride of the last down-sampling (1 leaves it out).
+    """
+
+    mel: MelConfig
+    encoder: TransformerConfig
+    decoder: TransformerConfig
+    vocoder: TransformerConfig
+    rvq: RVQConfig = RVQConfig()
+    encoder_skip_layer: int | None = 3
+    stem_stride: int = 2
+    pool: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.encoder.d_model == self.decoder.d_model, "decoder.d_model", f"encoder.d_model ({self.encoder.d_model})", self.decoder.d_model)
+        if self.encoder_skip_layer is not None:
+            _require(1 <= self.encoder_skip_layer < self.encoder.num_layers, "encoder_skip_layer", f"1..{self.encoder.num_layers - 1}", self.encoder_skip_layer)
+        _require(self.stem_stride == 2, "stem_stride", "2", self.stem_stride)
+        _require(self.pool in (1, 2), "pool", "1 or 2", self.pool)
+
+    @property
+    def mel_frames_per_code(self) -> int:
+        return self.stem_stride * self.pool
+
+    @property
+    def samples_per_code(self) -> int:
+        """Samples of one RVQ frame (960 at 25 Hz)."""
+        return self.mel_frames_per_code * self.mel.hop_length
+
+    @property
+    def frame_rate(self) -> float:
+        """RVQ frames per second."""
+        return self.mel.sample_rate / self.samples_per_code
+
+    def bitrate(self, num_levels: int | None = None) -> float:
+        """Bits per second of the first `num_levels` levels (all by default)."""
+        return self.frame_rate * sum(math.log2(n) for n in self.rvq.codebook_sizes[:num_levels])
+
+    def num_params(self) -> int:
+        """Trained parameters and codebooks."""
+        d, n_mels, v = self.encoder.d_model, self.mel.n_mels, self.vocoder.d_model
+        encoder = 3 * n_mels * d + d + 3 * d * d + d + self.encoder.num_params()
+        decoder = self.decoder.num_params() + 3 * d * n_mels + n_mels + 2 * n_mels
+        if self.pool > 1:
+            encoder += self.pool * d * d + self.encoder.norm_params()
+            decoder += self.pool * d * d + d + 2 * d
+        vocoder = n_mels * v + self.vocoder.num_params() + v * (self.mel.n_fft + 2) + self.mel.n_fft + 2
+        return encoder + decoder + vocoder + sum(self.rvq.codebook_sizes) * d
+
+    def flops_per_code(self, num_codes: float) -> float:
+        """Forward FLOPs of encoding and decoding one RVQ frame of a clip of `num_codes` frames."""
+        d, n_mels, v = self.encoder.d_model, self.mel.n_mels, self.vocoder.d_model
+        mid, mel = self.pool, self.mel_frames_per_code
+        encoder = mel * 6.0 * n_mels * d + mid * (6.0 * d * d + self.encoder.flops_per_position(num_codes * mid)) + 2.0 * mid * d * d
+        rvq = 2.0 * sum(self.rvq.codebook_sizes) * d
+        decoder = 2.0 * mid * d * d + mid * self.decoder.flops_per_position((num_codes * mid + 1) / 2) + mid * 6.0 * d * n_mels
+        vocoder = mel * (2.0 * n_mels * v + self.vocoder.flops_per_position(num_codes * mel) + 2.0 * v * (self.mel.n_fft + 2))
+        return encoder + rvq + decoder + vocoder
+
+
+@dataclass(frozen=True)
+class A2TConfig:
+    """Text decoder of the audio-to-text objective: a causal LM that reads the quantised sequence as its prefix."""
+
+    transformer: TransformerConfig
+    vocab_size: int
+
+    def num_params(self, audio_width: int) -> int:
+        d = self.transformer.d_model
+        return 2 * self.vocab_size * d + audio_width * d + self.transformer.num_params()
+
+
+@dataclass(frozen=True)
+class AudioLMConfig:
+    """Audio language model: patch encoder, LLM, patch decoder (report section 2.2).
+
+    Attributes:
+        vocab_size: rows of the text embedding and of the untied text head.
+        empty_id: id of `<|empty|>`, which stands for "this position is a patch".
+        codebook_sizes: sizes of the RVQ channels the model reads and writes; its audio tables have one row more,
+            the last id being "empty".
+        group_size: RVQ frames of one patch.
+        delays: step at which each channel starts in the patch decoder.
+    """
+
+    vocab_size: int
+    empty_id: int
+    llm: TransformerConfig
+    patch_encoder: TransformerConfig
+    patch_decoder: TransformerConfig
+    codebook_sizes: tuple[int, ...] = (1024, 1024) + (128,) * 6
+    group_size: int = 4
+    delays: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.empty_id < self.vocab_size, "empty_id", f"an id below vocab_size {self.vocab_size}", self.empty_id)
+        _require(len(self.delays) == len(self.codebook_sizes), "delays", f"one delay for each of {len(self.codebook_sizes)} channels", self.delays)
+        _require(min(self.delays) == 0, "delays", "a smallest delay of 0", self.delays)
+        _require(self.group_size > 0, "group_size", "a positive integer", self.group_size)
+        _require(self.llm.causal and self.patch_decoder.causal, "causal", "causal LLM and patch decoder", False)
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.codebook_sizes)
+
+    @property
+    def audio_vocab_sizes(self) -> tuple[int, ...]:
+        """Rows of each audio embedding table: codebook size + 1 (the last id is "empty")."""
+        return tuple(n + 1 for n in self.codebook_sizes)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the patch decoder: group_size + largest delay (11)."""
+        return self.group_size + max(self.delays)
+
+    def num_params(self) -> int:
+        """All parameters: 8,018,587,648 at the published sizes."""
+        tables = sum(self.audio_vocab_sizes)
+        d, e, p = self.llm.d_model, self.patch_encoder.d_model, self.patch_decoder.d_model
+        codec = tables * e + self.group_size * e * d + d * p + tables * p + (e * p if e != p else 0)
+        return self.num_llm_params() + codec + self.patch_encoder.num_params() + self.patch_decoder.num_params()
+
+    def num_llm_params(self) -> int:
+        """LLM with its embedding and head: 7,622,619,136 at the published sizes."""
+        return 2 * self.vocab_size * self.llm.d_model + self.llm.num_params()
+
+    def flops_per_position(self, length: int, patch_fraction: float, generate: bool = True) -> float:
+        """Forward FLOPs of one position of a document of `length` positions, a share of which are patches.
+
+        Args:
+            length: positions of the document (attention is counted causally).
+            patch_fraction: share of positions that are patches; they pay for the patch encoder and decoder.
+            generate: whether the patch decoder runs (stage 1 leaves it out).
+        """
+        d, e, p, g = self.llm.d_model, self.patch_encoder.d_model, self.patch_decoder.d_model, self.group_size
+        llm = self.llm.flops_per_position((length + 1) / 2) + 2.0 * d * self.vocab_size
+        patch = g * self.patch_encoder.flops_per_position(g) + 2.0 * g * e * d
+        if generate:
+            steps = self.num_steps
+            patch += 2.0 * d * p + steps * self.patch_decoder.flops_per_position((steps + 1) / 2)
+            patch += 2.0 * g * p * sum(self.audio_vocab_sizes)
+            if e != p:
+                patch += 2.0 * g * self.num_channels * e * p
+        return llm + patch_fraction * patch
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Multi-period and multi-scale STFT discriminators of the adversarial stage (report section 2.1)."""
+
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)
+    stft_sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    stft_channels: int = 32
+
+    def __post_init__(self) -> None:
+        _require(min(self.periods + self.stft_sizes + self.period_channels) > 0, "discriminator", "positive sizes", self)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How a job computes
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Precision and memory. Nothing here changes what is computed, only how.
+
+    Attributes:
+        dtype: activations; norms, softmax, RVQ and losses are float32 whatever it is.
+        param_dtype: stored parameters.
+        remat: what the backward pass keeps of each layer: `none` keeps all, `dots` the matmul outputs, `full` nothing.
+        scan_layers: one compiled layer for a whole stack (stacked weights); False unrolls (faster decoding on CPU).
+        attention: implementation; `auto` picks splash on TPU, chunked elsewhere.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_layers: bool = True
+    attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(sum(s == -1 for s in sizes) <= 1, "mesh", "at most one axis of -1", sizes)
+        _require(all(s == -1 or s > 0 for s in sizes), "mesh", "positive axis sizes or -1", sizes)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with global-norm clipping. Decay acts on matrices only (not on norms, biases and embeddings of codes)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_fraction: float = 0.01
+    final_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.warmup_fraction < 1, "warmup_fraction", "a number in [0, 1)", self.warmup_fraction)
+        _require(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]", self.final_fraction)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, seeds and rhythm of a run, in optimiser steps.
+
+    `max_bad_steps`: non-finite steps are skipped and recorded; this many in a row end the run.
+    """
+
+    steps: int
+    seed: int = 0
+    accumulation: int = 1
+    log_every: int = 10
+    eval_every: int = 500
+    eval_batches: int = 8
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    max_bad_steps: int = 10
+    data_threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+            _require(getattr(self, name) > 0, f"run.{name}", "a positive integer", getattr(self, name))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass(frozen=True)
+class LayoutWeights:
+    """Share of each pre-training layout among the documents made from a source (they need not sum to 1)."""
+
+    text: float = 0.0
+    continuation: float = 0.0
+    interleaved: float = 0.0
+    asr: float = 0.0
+    tts: float = 0.0
+    caption: float = 0.0
+    instruct_tts: float = 0.0
+
+    def __post_init__(self) -> None:
+        values = dataclasses.asdict(self)
+        _require(all(v >= 0 for v in values.values()), "layouts", "non-negative weights", values)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One shard set, the share of positions it contributes, and the layouts its records become."""
+
+    path: str
+    weight: float
+    layouts: LayoutWeights
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, f"data.sources[{self.path}].weight", "a non-negative number", self.weight)
+
+
+@dataclass(frozen=True)
+class LMDataConfig:
+    """Rows of the language model.
+
+    Attributes:
+        sources: shard sets to mix, by name.
+        validation: held-out shard sets, by name.
+        text_tokenizer: SentencePiece model or Hugging Face `tokenizer.json`.
+        rows: rows of the global batch.
+        row_length: positions L of a row.
+        row_patches: patch budget C of a row (0 for text-only data).
+        block_documents: documents that are permuted, mixed and packed together.
+        target_conditioning: whether the conditioning side of ASR, TTS, caption and instruct-TTS documents is a target too.
+    """
+
+    sources: Mapping[str, SourceConfig]
+    validation: Mapping[str, SourceConfig]
+    text_tokenizer: str
+    rows: int
+    row_length: int
+    row_patches: int
+    block_documents: int = 4096
+    target_conditioning: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.rows > 0, "data.rows", "a positive integer", self.rows)
+        _require(0 <= self.row_patches <= self.row_length, "data.row_patches", f"0..row_length ({self.row_length})", self.row_patches)
+        _require(self.block_documents > 0, "data.block_documents", "a positive integer", self.block_documents)
+
+
+@dataclass(frozen=True)
+class AudioDataConfig:
+    """Rows of the audio tokenizer: whole utterances packed by RVQ frames and text tokens.
+
+    Attributes:
+        manifest: JSONL manifest of the training audio.
+        validation: JSONL manifest of the held-out audio.
+        text_tokenizer: tokenizer of the A2T targets.
+        rows: rows of the global batch.
+        row_codes: RVQ frames M of a row (25 per second).
+        row_text: text tokens U of a row.
+        max_seconds: longer recordings are cropped at random, and a cropped one has no A2T target.
+        block_documents: utterances that are permuted and packed together.
+    """
+
+    manifest: str
+    validation: str
+    text_tokenizer: str
+    rows: int
+    row_codes: int
+    row_text: int
+    max_seconds: float = 30.0
+    block_documents: int = 1024
+
+    def __post_init__(self) -> None:
+        _require(self.rows > 0, "data.rows", "a positive integer", self.rows)
+        _require(self.row_codes > 1, "data.row_codes", "at least 2 RVQ frames", self.row_codes)
+        _require(self.row_text >= 0, "data.row_text", "a non-negative integer", self.row_text)
+        _require(self.max_seconds > 0, "data.max_seconds", "a positive number of seconds", self.max_seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Jobs: one dataclass per file of `mimo_jax/training`
+
+
+@dataclass(frozen=True)
+class TokenizerLossConfig:
+    """Stage 1 of the tokenizer: 10 A2T + 1 reconstruction + 1 commitment. What the report leaves open is named here.
+
+    Attributes:
+        mel_scale: `log` or `linear` magnitudes in the reconstruction loss.
+        mel_reduction: `mean` or `sum` over bins (always a mean over frames).
+        a2t_reduction: `mean` over text tokens, or `sum` over the tokens of an utterance, as the report's equation has it.
+    """
+
+    a2t_weight: float = 10.0
+    mel_weight: float = 1.0
+    commitment_weight: float = 1.0
+    mel_scale: Literal["log", "linear"] = "log"
+    mel_reduction: Literal["mean", "sum"] = "mean"
+    a2t_reduction: Literal["mean", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig:
+    """Tokenizer stage 1: unified representation learning."""
+
+    model: AudioTokenizerConfig
+    a2t: A2TConfig
+    data: AudioDataConfig
+    run: RunConfig
+    learning_rate: float
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    job: Literal["tokenizer"] = "tokenizer"
+
+
+@dataclass(frozen=True)
+class AdversarialTrainConfig:
+    """Tokenizer stage 2: decoder and vocoder against the discriminators, from a stage-1 checkpoint."""
+
+    model: AudioTokenizerConfig
+    discriminator: DiscriminatorConfig
+    data: AudioDataConfig
+    run: RunConfig
+    learning_rate: float
+    discriminator_learning_rate: float
+    init_from: str
+    mel_weight: float = 1.0
+    adversarial_weight: float = 1.0
+    feature_weight: float = 2.0
+    optimizer: OptimizerConfig = OptimizerConfig(b1=0.8, b2=0.99)
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    job: Literal["tokenizer_adversarial"] = "tokenizer_adversarial"
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate of each part; 0 freezes it."""
+
+    llm: float
+    patch_encoder: float = 0.0
+    patch_decoder: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            _require(value >= 0, f"learning_rates.{name}", "a non-negative number", value)
+
+
+@dataclass(frozen=True)
+class LMLossConfig:
+    """Weights of the text term and of each RVQ channel; their weighted sum is divided by the sum of the weights.
+
+    `empty_weight` is the weight of a text target that is `<|empty|>` (released fine-tuning toolkit).
+    """
+
+    text_weight: float = 100.0
+    channel_weights: tuple[float, ...] = (12.0, 8.0, 6.0, 4.0, 2.0, 2.0, 1.0, 1.0)
+    empty_weight: float = 0.01
+    vocab_chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        weights = (self.text_weight, *self.channel_weights)
+        _require(min(weights) >= 0 and sum(weights) > 0, "loss", "non-negative weights, not all zero", weights)
+
+    @property
+    def trains_audio(self) -> bool:
+        return any(w > 0 for w in self.channel_weights)
+
+
+@dataclass(frozen=True)
+class LMTrainConfig:
+    """Text pre-training, stage 1 (understanding), stage 2 (joint) and post-training of the language model.
+
+    `init_from`: checkpoint directory to take parameters from ("" starts from scratch). A text checkpoint fills the LLM.
+    """
+
+    model: AudioLMConfig
+    data: LMDataConfig
+    run: RunConfig
+    learning_rates: LearningRates
+    loss: LMLossConfig = LMLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    init_from: str = ""
+    job: Literal["language_model"] = "language_model"
+
+    def __post_init__(self) -> None:
+        _require(len(self.loss.channel_weights) == self.model.num_channels, "loss.channel_weights",
+                 f"one weight for each of {self.model.num_channels} channels", self.loss.channel_weights)
+        _require(self.data.rows % self.run.accumulation == 0, "run.accumulation", f"a divisor of data.rows ({self.data.rows})", self.run.accumulation)
+        if self.loss.trains_audio:
+            _require(self.data.row_patches > 0, "data.row_patches", "a positive patch budget, since audio channels have loss weights", 0)
+
+
+JOBS: dict[str, type] = {"tokenizer": TokenizerTrainConfig, "tokenizer_adversarial": AdversarialTrainConfig, "language_model": LMTrainConfig}
+JobConfig = TokenizerTrainConfig | AdversarialTrainConfig | LMTrainConfig
+
+
+# ----------------------------------------------------------------------------------------------------------
+# ConfigDict <-> dataclass
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """Turns a dataclass into a ConfigDict of the same shape, for a config file to return."""
+    out = ml_collections.ConfigDict()
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            value = to_config_dict(value)
+        elif isinstance(value, Mapping):
+            value = ml_collections.ConfigDict({k: to_config_dict(v) for k, v in value.items()})
+        elif value is None:
+            value = _config_dict.placeholder(_optional_type(typing.get_type_hints(type(config))[f.name]))
+        out[f.name] = value
+    return out
+
+
+def _optional_type(hint: Any) -> type:
+    return next(a for a in typing.get_args(hint) if a is not type(None))
+
+
+def from_config_dict(values: ml_collections.ConfigDict) -> JobConfig:
+    """Builds the job config that a config file describes (its `job` key says which).
+
+    Raises:
+        ConfigError: a key is unknown or missing, has the wrong type, or holds an impossible value.
+    """
+    job = values.get("job")
+    if job not in JOBS:
+        raise ConfigError(f"config.job: expected one of {sorted(JOBS)}, got {job!r}")
+    return build(JOBS[job], values.to_dict(), "config")
+
+
+def build(cls: type, values: Mapping[str, Any], name: str) -> Any:
+    """Builds dataclass `cls` from nested mappings (a ConfigDict or parsed JSON); errors say which key of `name`."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{name}.{key}: unknown setting; known are {', '.join(sorted(known))}")
+    missing = [k for k, f in known.items() if k not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ConfigError(f"{name}.{missing[0]}: this setting is missing")
+    try:
+        return cls(**{key: _convert(hints[key], values[key], f"{name}.{key}") for key in values})
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(name) else f"{name}.{message}") from None
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name}: expected a group of settings, got {value!r}")
+        return build(typing.cast(type, hint), value, name)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(_optional_type(hint), value, name)
+    if origin is Literal:
+        _require(value in args, name, f"one of {', '.join(map(repr, args))}", value)
+        return value
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise ConfigError(f"{name}: expected a tuple, got {value!r}")
+        return tuple(_convert(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name}: expected a group of settings, got {value!r}")
+        return {k: _convert(args[1], v, f"{name}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
+    if hint is float:
+        _require(math.isfinite(value), name, "a finite number", value)
+    return value
+
+
+def to_json(config: Any) -> str:
+    """Canonical JSON of a config dataclass (sorted keys): what checkpoints and manifests store."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+
+
+def from_json(cls: type, text: str, name: str) -> Any:
+    """Reads a config dataclass written by `to_json`; `name` is the file, for the error."""
+    return build(cls, json.loads(text), name)
+
+
+def fingerprint(config: Any) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a config's canonical JSON."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
+def load_config(spec: str, overrides: list[str]) -> JobConfig:
+    """Loads `FILE:SIZE` and applies `--config.a.b=value` overrides.
+
+    Args:
+        spec: path of a config file, and after a colon the argument for its `get_config`.
+        overrides: command-line flags that begin with `--config.`.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    arguments = ["config", f"--config={spec}", *overrides]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    try:
+        values(arguments)
+    except (flags.Error, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"--config={spec}: {error}") from error
+    return from_config_dict(values["config"].value)
