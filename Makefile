@@ -1,0 +1,58 @@
+# All targets run from a fresh clone; they build .venv first.
+
+BIN := .venv/bin
+WORKERS ?= 2
+export PYTHON
+
+# Parity goldens beside the checkout are used where they exist; the tests that need them are skipped otherwise.
+ifndef MIMO_JAX_PARITY
+ifneq ($(wildcard ../shared/parity/manifest.json),)
+export MIMO_JAX_PARITY := $(abspath ../shared/parity)
+endif
+endif
+
+.PHONY: help setup quickstart check test test-slow format lock clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+setup: .venv/package.stamp ## build .venv from requirements.lock (PYTHON=... names the interpreter)
+
+# A stamp is made last: after an interruption the environment is built anew.
+.venv/lock.stamp: requirements.lock
+	@python=$$(.ci/find-python) && echo "building .venv with $$python" && "$$python" -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+.venv/package.stamp: .venv/lock.stamp pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+quickstart: setup ## the whole chain on CPU, about ten minutes (ARGS="--audio DIR" adds recordings)
+	$(BIN)/mimo-jax quickstart $(ARGS)
+
+check: setup ## formatter, linter, type checker
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check ## check, and every test that is not slow (ARGS are passed to pytest)
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-slow: setup ## the slow tests
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(WORKERS) -m slow $(ARGS)
+
+format: setup ## format and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: ## write requirements.lock anew (ARGS=--upgrade takes the newest versions)
+	@python=$$(.ci/find-python) && "$$python" -m venv .cache/lock
+	.cache/lock/bin/pip install --quiet --disable-pip-version-check pip-tools
+	.cache/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
+	  --extra dev --extra synth --output-file requirements.lock $(ARGS) pyproject.toml
+
+clean: ## remove .venv, caches and build products (not runs/)
+	rm -rf .venv .cache build dist *.egg-info

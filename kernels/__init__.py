@@ -1,0 +1,1 @@
+"""Pallas kernels, imported as `mimo_jax.kernels`."""

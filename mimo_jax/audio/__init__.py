@@ -1,0 +1,1 @@
+"""Sound: reading and writing files, spectral features, packing of clips."""

@@ -1,0 +1,232 @@
+"""Reading, resampling and writing audio files.
+
+libsndfile reads WAV, FLAC, Ogg, MP3, AIFF and more; anything else (M4A, G.722, video files) goes through PyAV where
+that is installed. Waves are float32 [S], mono, nominally in -1..1, times in seconds, rates in Hz.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mimo_jax.atomic import atomic_write
+
+if TYPE_CHECKING:
+    import soundfile
+
+MIN_RATE, MAX_RATE = 4_000, 768_000
+
+# libsndfile's log has such a line for a chunk (of WAV, AIFF, W64, AU) whose declared size is not what the file holds.
+_WRONG_SIZE = re.compile(r"^\s*(?:RIFF|data|FORM|SSND|riff|Data Size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED = 0x7FFF_F000  # programs that write to a pipe declare a size at or above this
+
+
+class AudioError(ValueError):
+    """An audio file is missing, empty, truncated, broken or of an impossible rate; the message says which."""
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file says about itself.
+
+    Attributes:
+        duration: seconds.
+        sample_rate: Hz.
+        channels: number of channels.
+        frames: samples of each channel.
+    """
+
+    duration: float
+    sample_rate: int
+    channels: int
+    frames: int
+
+    def resampled_length(self, sample_rate: int) -> int:
+        """Samples that `load_audio` returns at `sample_rate`."""
+        return -(-self.frames * sample_rate // self.sample_rate)
+
+
+def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
+    """Duration, rate and channels of a file, from its header where libsndfile reads it, else by decoding it.
+
+    Raises:
+        AudioError: as `load_audio`, except for faults that only decoding finds.
+    """
+    file = _existing(path)
+    try:
+        with _open_sndfile(file) as sound:
+            rate, channels, frames = sound.samplerate, sound.channels, sound.frames
+            _check_declared_sizes(file, sound.extra_info)
+    except _NotSndfile as error:
+        samples_SC, rate = _decode_av(file, str(error))
+        frames, channels = samples_SC.shape
+    _check(file, rate, frames)
+    return AudioInfo(frames / rate, rate, channels, frames)
+
+
+def load_audio(path: str | os.PathLike[str], sample_rate: int = 24_000) -> np.ndarray:
+    """Reads a file as mono (mean of the channels) at `sample_rate`.
+
+    Returns:
+        float32 [S].
+
+    Raises:
+        AudioError: the file is missing, empty, truncated, in no known format or holds a value that is not finite, or
+            its rate is outside 4..768 kHz. (A truncated Ogg or raw file cannot be told from a shorter one.)
+    """
+    file = _existing(path)
+    try:
+        with _open_sndfile(file) as sound:
+            rate, declared = sound.samplerate, sound.frames
+            _check_declared_sizes(file, sound.extra_info)
+            samples_SC = _read_sndfile(file, sound)
+    except _NotSndfile as error:
+        samples_SC, rate = _decode_av(file, str(error))
+        declared = len(samples_SC)
+    if len(samples_SC) < declared:
+        raise AudioError(f"{file}: truncated: expected {declared} samples, got {len(samples_SC)}")
+    _check(file, rate, len(samples_SC))
+    if not np.isfinite(samples_SC).all():
+        first = int(np.argmin(np.isfinite(samples_SC).all(axis=1)))
+        raise AudioError(f"{file}: expected finite samples, got a value that is not at sample {first}")
+    wav_S = samples_SC[:, 0] if samples_SC.shape[1] == 1 else samples_SC.mean(axis=1, dtype=np.float32)
+    return resample(wav_S, rate, sample_rate)
+
+
+def resample(wav: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """Resamples with soxr ("HQ").
+
+    The released code uses a windowed-sinc interpolator of 6 zero crossings (Hann window, roll-off 0.99). soxr's filter
+    is far longer: flat up to 0.91 of the lower Nyquist frequency, -40 dB at 0.98 and below -130 dB beyond 1, where the
+    short filter falls gradually and lets images through. So the upper end of the band differs; below 0.85 of that
+    frequency the two agree within 0.6 % rms on recorded speech. Lengths are equal.
+
+    Args:
+        wav: float [S].
+        source_rate: Hz.
+        target_rate: Hz.
+
+    Returns:
+        float32 [ceil(S * target_rate / source_rate)].
+    """
+    wav = np.ascontiguousarray(wav, np.float32)
+    if source_rate == target_rate:
+        return wav
+    import soxr
+
+    length = -(-len(wav) * target_rate // source_rate)
+    out = np.asarray(soxr.resample(wav, source_rate, target_rate, quality="HQ"), np.float32)
+    return np.pad(out, (0, max(0, length - len(out))))[:length]
+
+
+def save_wav(path: str | os.PathLike[str], wav: np.ndarray, sample_rate: int) -> None:
+    """Writes a mono wave as 16-bit PCM WAV, atomically; values beyond -1..1 are clipped.
+
+    Args:
+        path: file to write; missing folders are made.
+        wav: float [S]. A wave that was read from 16-bit PCM is written back without loss.
+        sample_rate: Hz.
+
+    Raises:
+        AudioError: the wave is not one-dimensional or not finite, or the rate is impossible.
+        OSError: the file cannot be written; a file that was there is unchanged.
+    """
+    import soundfile
+
+    wav = np.asarray(wav)
+    if wav.ndim != 1:
+        raise AudioError(f"{path}: expected a wave of shape [S], got {list(wav.shape)}")
+    if not np.isfinite(wav).all():
+        raise AudioError(f"{path}: expected finite samples")
+    if not MIN_RATE <= sample_rate <= MAX_RATE:
+        raise AudioError(f"{path}: expected a sample rate of {MIN_RATE}..{MAX_RATE} Hz, got {sample_rate}")
+    pcm = np.clip(np.rint(wav.astype(np.float64) * 32_768.0), -32_768, 32_767).astype(np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, pcm, sample_rate, format="WAV", subtype="PCM_16")
+    atomic_write(path, buffer.getvalue())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Decoders
+
+
+class _NotSndfile(Exception):
+    """libsndfile does not know the format."""
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    try:
+        with file.open("rb") as stream:
+            empty = not stream.read(1)
+    except FileNotFoundError:
+        raise AudioError(f"{file}: no such audio file") from None
+    except OSError as error:
+        raise AudioError(f"{file}: cannot be read ({error.strerror})") from None
+    if empty:
+        raise AudioError(f"{file}: empty file, expected audio")
+    return file
+
+
+def _check(file: Path, rate: int, frames: int) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise AudioError(f"{file}: expected a sample rate of {MIN_RATE}..{MAX_RATE} Hz, got {rate}")
+    if frames == 0:
+        raise AudioError(f"{file}: expected audio, got no samples")
+
+
+def _check_declared_sizes(file: Path, log: str) -> None:
+    for declared, found in _WRONG_SIZE.findall(log):
+        # A missing pad byte or a size that leaves out a header is common and harmless.
+        if int(found) + 16 < int(declared) < _STREAMED:
+            raise AudioError(f"{file}: truncated: its header declares {declared} bytes, the file holds {found}")
+
+
+def _open_sndfile(file: Path) -> soundfile.SoundFile:
+    import soundfile
+
+    try:
+        return soundfile.SoundFile(file)
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that means "raw samples"
+        raise _NotSndfile(str(error)) from None
+
+
+def _read_sndfile(file: Path, sound: soundfile.SoundFile) -> np.ndarray:
+    import soundfile
+
+    try:
+        return np.asarray(sound.read(dtype="float32", always_2d=True), np.float32)
+    except soundfile.SoundFileError as error:
+        raise AudioError(f"{file}: truncated or broken ({error})") from None
+
+
+def _decode_av(file: Path, sndfile_error: str) -> tuple[np.ndarray, int]:
+    """Decodes the first audio stream: float32 [S, channels] and the rate."""
+    try:
+        import av
+    except ImportError:
+        raise AudioError(
+            f"{file}: libsndfile cannot read it ({sndfile_error}); for other formats install PyAV (extra `eval`)"
+        ) from None
+    try:
+        # Local files only: a playlist must not make the decoder fetch anything.
+        with av.open(f"file:{file.resolve()}", options={"protocol_whitelist": "file"}) as container:
+            if not container.streams.audio:
+                raise AudioError(f"{file}: expected an audio stream, got none")
+            stream = container.streams.audio[0]
+            rate = int(stream.rate or 0)
+            planar = av.AudioResampler(format="fltp")
+            parts = [part.to_ndarray() for frame in container.decode(stream) for part in planar.resample(frame)]
+            parts += [part.to_ndarray() for part in planar.resample(None)]
+    except av.error.FFmpegError as error:
+        raise AudioError(
+            f"{file}: neither libsndfile ({sndfile_error}) nor FFmpeg ({error.strerror}) can read it"
+        ) from None
+    samples_CS = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0))
+    return np.ascontiguousarray(samples_CS.T, np.float32), rate

@@ -1,0 +1,160 @@
+"""Clips in rows of the audio tokenizer: the layout that `mimo_jax.rows.TokenizerRows` describes.
+
+S samples, T mel frames (100 Hz), M RVQ frames (25 Hz). Everything here is NumPy, on the host.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mimo_jax.config import AudioTokenizerConfig
+
+
+def num_mel_frames(num_samples: int, config: AudioTokenizerConfig) -> int:
+    """Mel frames T_i of a clip of `num_samples` samples: one every hop, centred, the first at sample 0."""
+    return num_samples // config.mel.hop_length + 1
+
+
+def num_codes(num_samples: int, config: AudioTokenizerConfig) -> int:
+    """RVQ frames M_i of a clip of `num_samples` samples."""
+    return -(-num_mel_frames(num_samples, config) // config.mel_frames_per_code)
+
+
+def guard_codes(config: AudioTokenizerConfig) -> int:
+    """RVQ frames at the end of a slot that keep the windows of its clip out of the next slot (1 as published)."""
+    return -(-config.mel.n_fft // config.samples_per_code)
+
+
+def slot_codes(num_samples: int, config: AudioTokenizerConfig) -> int:
+    """RVQ frames that a clip of `num_samples` samples takes up in a row: M_i and the guard."""
+    return num_codes(num_samples, config) + guard_codes(config)
+
+
+def reflect_pad(wav: np.ndarray, config: AudioTokenizerConfig) -> np.ndarray:
+    """Reflects n_fft / 2 samples at both ends of a clip, so that un-centred frames of the result are centred ones of the clip.
+
+    Raises:
+        ValueError: the clip is not one-dimensional, or empty.
+    """
+    if wav.ndim != 1 or len(wav) == 0:
+        raise ValueError(f"wav: expected a mono clip of at least one sample, got an array of shape {wav.shape}")
+    return np.pad(wav, config.mel.n_fft // 2, mode="reflect")
+
+
+def write_frames(
+    row_wav_S: np.ndarray,
+    row_segment_ids_T: np.ndarray,
+    start_code: int,
+    padded: np.ndarray,
+    first_frame: int,
+    num_frames: int,
+    segment: int,
+    config: AudioTokenizerConfig,
+) -> int:
+    """Writes `num_frames` mel frames of a padded clip, from `first_frame` on, into a slot that begins at `start_code`.
+
+    A part of a long clip sees the samples around it, so its mel frames are exactly those of the whole clip.
+
+    Args:
+        row_wav_S: float row, written in place.
+        row_segment_ids_T: int32 row at 100 Hz, written in place.
+        start_code: first RVQ frame of the slot.
+        padded: the whole clip after `reflect_pad`.
+        first_frame: first mel frame of the clip to write.
+        num_frames: number of mel frames.
+        segment: id of the segment, 1 or more.
+        config: the audio tokenizer.
+
+    Returns:
+        Length of the slot in RVQ frames; the next slot may begin at `start_code` plus it.
+
+    Raises:
+        ValueError: the slot does not fit in the row, or the id is 0 (padding).
+    """
+    if segment < 1:
+        raise ValueError(f"segment: expected an id of 1 or more (0 is padding), got {segment}")
+    hop, per_code = config.mel.hop_length, config.mel_frames_per_code
+    slot = -(-num_frames // per_code) + guard_codes(config)
+    if start_code < 0 or (start_code + slot) * per_code > len(row_segment_ids_T):
+        raise ValueError(
+            f"start_code: a slot of {slot} RVQ frames at {start_code} does not fit in a row of "
+            f"{len(row_segment_ids_T) // per_code}"
+        )
+    samples = padded[first_frame * hop : (first_frame + num_frames - 1) * hop + config.mel.n_fft]
+    start_frame = start_code * per_code
+    row_wav_S[start_frame * hop : start_frame * hop + len(samples)] = samples
+    row_segment_ids_T[start_frame : start_frame + num_frames] = segment
+    return slot
+
+
+def write_clip(
+    row_wav_S: np.ndarray,
+    row_segment_ids_T: np.ndarray,
+    start_code: int,
+    wav: np.ndarray,
+    segment: int,
+    config: AudioTokenizerConfig,
+) -> int:
+    """Writes one whole clip into a slot that begins at RVQ frame `start_code`; arguments as for `write_frames`.
+
+    Returns:
+        Length of the slot in RVQ frames, `slot_codes(len(wav), config)`.
+
+    Raises:
+        ValueError: the clip is empty, or its slot does not fit in the row.
+    """
+    frames = num_mel_frames(len(wav), config)
+    return write_frames(
+        row_wav_S, row_segment_ids_T, start_code, reflect_pad(wav, config), 0, frames, segment, config
+    )
+
+
+def empty_row(codes: int, config: AudioTokenizerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A row of `codes` RVQ frames that holds nothing: float32 [S] zeros and int32 [T] zeros."""
+    wav_S = np.zeros(codes * config.samples_per_code, np.float32)
+    return wav_S, np.zeros(codes * config.mel_frames_per_code, np.int32)
+
+
+def pack_clips(
+    wavs: list[np.ndarray], config: AudioTokenizerConfig, num_codes: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Packs clips into one row, in order, as segments 1, 2, ...
+
+    Args:
+        wavs: mono clips [S_i] at the tokenizer's sample rate.
+        config: the audio tokenizer.
+        num_codes: RVQ frames of the row; as many as the clips need by default.
+
+    Returns:
+        wav_BS float32 [1, S] and segment_ids_BT int32 [1, T].
+
+    Raises:
+        ValueError: a clip is empty, or the clips do not fit in `num_codes`.
+    """
+    total = sum(slot_codes(len(wav), config) for wav in wavs)
+    wav_S, segment_ids_T = empty_row(total if num_codes is None else num_codes, config)
+    start = 0
+    for i, wav in enumerate(wavs):
+        start += write_clip(wav_S, segment_ids_T, start, wav, i + 1, config)
+    return wav_S[None], segment_ids_T[None]
+
+
+def unpack(values: np.ndarray, segment_ids: np.ndarray) -> list[np.ndarray]:
+    """Splits one row into its segments, in order of their ids: the inverse of packing, on any grid.
+
+    Args:
+        values: [n, ...]: codes [M, R] with segment ids [M], mel frames with ids [T], or samples [S] with ids [M] or [T]
+            (every id then stands for S / M samples).
+        segment_ids: int32; 0 is padding and is left out.
+
+    Returns:
+        One array for each segment.
+
+    Raises:
+        ValueError: the length of `values` is not a multiple of the number of ids.
+    """
+    repeat, rest = divmod(len(values), len(segment_ids))
+    if rest:
+        raise ValueError(f"values: expected a multiple of {len(segment_ids)} entries, got {len(values)}")
+    ids = np.repeat(np.asarray(segment_ids), repeat)
+    return [np.asarray(values)[ids == segment] for segment in np.unique(ids[ids > 0])]

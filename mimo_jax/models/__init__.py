@@ -1,0 +1,1 @@
+"""Models: transformer blocks, audio tokenizer, patch codec and audio language model (flax Linen)."""

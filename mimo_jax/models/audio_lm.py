@@ -1,0 +1,205 @@
+"""Audio language model: patch encoder, LLM, patch decoder (report section 2.2).
+
+One position of a row is one text token or one audio patch. A hidden state predicts the next position: the text head says
+which text token, or `<|empty|>`, which means that a patch comes; the patch decoder then says which.
+
+Axes: B batch, L positions, C patch slots of a row, N patches, G frames of a patch, R channels, T steps of the patch
+decoder, D LLM width, P patch-decoder width, V text vocabulary, V_r audio vocabulary of channel r.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.config import AudioLMConfig, ComputeConfig
+from mimo_jax.models.llm import LLM
+from mimo_jax.models.patch_codec import PatchDecoder, PatchEncoder
+from mimo_jax.models.transformer import KVCache, stack_layers, unstack_layers
+from mimo_jax.rows import LMRows
+
+GROUPS = ("llm", "patch_encoder", "patch_decoder")
+
+
+class AudioLM(nn.Module):
+    """The whole model. Parameter groups: `llm`, `patch_encoder` (with the audio tables), `patch_decoder`.
+
+    `apply` needs a method for anything but the packed forward pass, as in
+    `model.apply({"params": p}, h, method="text_head")`.
+    """
+
+    config: AudioLMConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        self.llm = LLM(self.config, self.compute)
+        self.patch_encoder = PatchEncoder(self.config, self.compute)
+        self.patch_decoder = PatchDecoder(self.config, self.compute)
+
+    def __call__(self, rows: LMRows) -> jax.Array:
+        """Hidden states [B, L, D] of packed rows, after the final norm, in the compute dtype."""
+        x_BLD = self.embed(rows.text_BL, rows.patches_BCGR, rows.patch_positions_BC)
+        return self.hidden(x_BLD, rows.segment_ids_BL, rows.positions_BL)[0]
+
+    # ------------------------------------------------------------------------------------------------------
+    # LLM
+
+    def embed(self, text_BL: jax.Array, patches_BCGR: jax.Array, patch_positions_BC: jax.Array) -> jax.Array:
+        """Input vectors of rows.
+
+        Args:
+            text_BL: int32 text ids; `<|empty|>` where the position is a patch.
+            patches_BCGR: int codes of the patch slots. C = 0 (rows without audio) leaves the patch encoder out.
+            patch_positions_BC: int32 position of each patch; L marks an unused slot.
+
+        Returns:
+            [B, L, D] in the compute dtype.
+        """
+        x_BLD = self.embed_text(text_BL)
+        B, C, G, R = patches_BCGR.shape
+        if C == 0:
+            return x_BLD
+        patches_BCD = self.embed_patches(patches_BCGR.reshape(B * C, G, R)).reshape(B, C, -1)
+        return jax.vmap(lambda x, at, patches: x.at[at].add(patches, mode="drop"))(
+            x_BLD, patch_positions_BC, patches_BCD
+        )
+
+    def embed_text(self, text_BL: jax.Array) -> jax.Array:
+        """Text embeddings [B, L, D]; zero where the id is `<|empty|>`."""
+        return self.llm.embed(text_BL)
+
+    def embed_patches(self, patches_NGR: jax.Array) -> jax.Array:
+        """Vectors [N, D] of patches; "empty" ids contribute nothing."""
+        return self.patch_encoder(patches_NGR)
+
+    def hidden(
+        self,
+        x_BLD: jax.Array,
+        segment_ids_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+        cache: KVCache | None = None,
+        cache_valid_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states [B, L, D] after the final norm, and the new cache; arguments as in `Transformer`."""
+        return self.llm.hidden(x_BLD, segment_ids_BL, positions_BL, cache, cache_valid_BL)
+
+    def text_head(self, h: jax.Array) -> jax.Array:
+        """Text logits [..., V] of hidden states [..., D]; float32 (float64 for float64)."""
+        return self.llm.logits(h)
+
+    def text_head_kernel(self) -> jax.Array:
+        """Kernel [D, V] of the text head, in the parameter dtype: what a chunked cross-entropy needs."""
+        return self.llm.head
+
+    # ------------------------------------------------------------------------------------------------------
+    # Patch decoder
+
+    def patch_hidden(self, h_ND: jax.Array, patches_NGR: jax.Array) -> jax.Array:
+        """Teacher-forced hidden states [N, T, P] of the patch decoder.
+
+        Args:
+            h_ND: LLM hidden state of the position before each patch.
+            patches_NGR: int true codes.
+        """
+        embeddings = self.patch_encoder.channel_embeddings(patches_NGR.astype(jnp.int32))
+        return self.patch_decoder.hidden(h_ND, embeddings)
+
+    def channel_logits(self, y: jax.Array, channel: int) -> jax.Array:
+        """Logits [..., V_r] of one channel from hidden states [..., P] of the patch decoder."""
+        return self.patch_decoder.logits(y, channel)
+
+    def patch_logits(self, h_ND: jax.Array, patches_NGR: jax.Array) -> tuple[jax.Array, ...]:
+        """Teacher-forced logits of each channel: R arrays [N, G, V_r]; arguments as in `patch_hidden`."""
+        y_NTP = self.patch_hidden(h_ND, patches_NGR)
+        G = self.config.group_size
+        return tuple(self.channel_logits(y_NTP[:, d : d + G], r) for r, d in enumerate(self.config.delays))
+
+    def start_patch(self, h_ND: jax.Array) -> jax.Array:
+        """Input [N, P] of the patch decoder's step 0."""
+        return self.patch_decoder.start(h_ND)
+
+    def patch_decoder_step(self, x_NP: jax.Array, cache: KVCache) -> tuple[tuple[jax.Array, ...], KVCache]:
+        """One step of the patch decoder.
+
+        Args:
+            x_NP: input of the step, from `start_patch` (step 0) or `embed_codes`.
+            cache: steps so far; `KVCache.zeros(config.patch_decoder, N, config.num_steps, dtype)` at the start of a patch.
+
+        Returns:
+            Logits [N, V_r] of every channel, of which `active_channels(config, step)` are meant, and the new cache.
+        """
+        y_NP, cache = self.patch_decoder.step(x_NP, cache)
+        return tuple(self.channel_logits(y_NP, r) for r in range(self.config.num_channels)), cache
+
+    def embed_codes(self, codes_NR: jax.Array, active_R: jax.Array) -> jax.Array:
+        """Input [N, P] of the next step: the sum of the embeddings of the codes just chosen.
+
+        Args:
+            codes_NR: int32 code of each channel; what inactive channels hold does not matter.
+            active_R: bool, from `active_channels`.
+        """
+        empty = np.array(self.config.codebook_sizes)
+        wide = jnp.promote_types(self.compute.dtype, jnp.float32)
+        embeddings = self.patch_encoder.channel_embeddings(jnp.where(active_R, codes_NR, empty))
+        return self.patch_decoder.code_input(sum(x.astype(wide) for x in embeddings).astype(self.compute.dtype))
+
+    def touch(self) -> None:
+        """Runs every part once on the smallest input: what `init` needs."""
+        c = self.config
+        patches = jnp.zeros((1, c.group_size, c.num_channels), jnp.int32)
+        h, _ = self.hidden(self.embed(jnp.zeros((1, 1), jnp.int32), patches[None], jnp.zeros((1, 1), jnp.int32)))
+        self.patch_logits(h[0], patches)
+
+
+def active_channels(config: AudioLMConfig, step: jax.Array | int) -> jax.Array:
+    """Which channels the patch decoder predicts at a step: bool [R], true where d_r <= step < d_r + G.
+
+    At step t an active channel r predicts the code of frame t - d_r.
+    """
+    frame_R = step - jnp.array(config.delays)
+    return (frame_R >= 0) & (frame_R < config.group_size)
+
+
+def _init(config: AudioLMConfig, compute: ComputeConfig, key: jax.Array) -> Any:
+    return AudioLM(config, compute).init(key, method="touch")
+
+
+def init_params(config: AudioLMConfig, compute: ComputeConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables {"params": ...}: matrices and tables normal 0.02, norm scales 1, biases 0.
+
+    Jit it with `static_argnums=(0, 1)` and `out_shardings=shardings(abstract_params(config, compute), mesh)` to create
+    parameters where they belong.
+    """
+    return nn.meta.unbox(_init(config, compute, key))
+
+
+def abstract_params(config: AudioLMConfig, compute: ComputeConfig) -> Any:
+    """Shapes of the variables in boxes with the logical names of their axes: what `sharding.shardings` reads."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: _init(config, compute, key), key)
+
+
+def scan_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with unrolled layers -> the same with scanned layers (`ComputeConfig.scan_layers`)."""
+    return _map_stacks(params, lambda name, stack: stack_layers(stack))
+
+
+def unroll_params(params: Mapping[str, Any], config: AudioLMConfig) -> dict[str, Any]:
+    """Parameters with scanned layers -> the same with unrolled layers, which decode faster on CPU."""
+    stacks = {"llm": config.llm, "patch_encoder": config.patch_encoder, "patch_decoder": config.patch_decoder}
+    return _map_stacks(params, lambda name, stack: unstack_layers(stack, stacks[name].num_layers))
+
+
+def _map_stacks(params: Mapping[str, Any], f: Callable[[str, Any], Any]) -> dict[str, Any]:
+    return {g: {**params[g], "transformer": f(g, params[g]["transformer"])} for g in GROUPS}
+
+
+def unrolled(compute: ComputeConfig) -> ComputeConfig:
+    """The compute settings that fit `unroll_params`: layers unrolled, nothing recomputed."""
+    return dataclasses.replace(compute, scan_layers=False, remat="none")

@@ -1,0 +1,108 @@
+"""Patch encoder and patch decoder: the bridge between RVQ codes and the language model (report section 2.2).
+
+The encoder turns the codes of a patch into one vector of the LLM; the decoder turns a hidden state of the LLM into the
+codes of the next patch, in G + max(delay) steps: channel r is predicted at steps d_r .. d_r + G - 1, and the input of a
+step is the sum of the embeddings of the codes predicted at the step before. One set of audio tables serves both.
+
+Axes: N patches, G frames of a patch, R channels, T steps, D LLM width, E width of encoder and tables, P decoder width,
+V_r entries of channel r and its "empty" id, which is the last and stands for nothing: it contributes zero.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.config import AudioLMConfig, ComputeConfig
+from mimo_jax.models.transformer import KVCache, Linear, Transformer, initializer
+
+
+class PatchEncoder(nn.Module):
+    """Parameters: `embedding` [sum of V_r, E] (the audio tables one below the other), `transformer`, `projection`."""
+
+    config: AudioLMConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        c, width = self.config, self.config.patch_encoder.d_model
+        init = nn.with_logical_partitioning(initializer(), ("audio_vocab", "embed"))
+        shape = (sum(c.audio_vocab_sizes), width)
+        self.embedding = self.param("embedding", init, shape, jnp.dtype(self.compute.param_dtype))
+        self.transformer = Transformer(c.patch_encoder, self.compute)
+        self.projection = Linear(
+            (c.group_size, width), (c.llm.d_model,), ("frame", None), ("embed",), use_bias=False, compute=self.compute
+        )
+
+    def channel_embeddings(self, codes: jax.Array) -> list[jax.Array]:
+        """Embedding of each channel's codes: int32 [..., R] -> R arrays [..., E]; zero for "empty"."""
+        sizes = np.array(self.config.audio_vocab_sizes)
+        starts = np.cumsum(sizes) - sizes
+        # Blanking the rows costs one small copy; masking what was looked up costs 10 times as much in the backward pass.
+        table = jnp.asarray(self.embedding, self.compute.dtype).at[starts + sizes - 1].set(0)
+        return [table[codes[..., r] + starts[r]] for r in range(len(sizes))]
+
+    def __call__(self, patches_NGR: jax.Array) -> jax.Array:
+        """Codes of N patches -> their vectors [N, D] in the LLM."""
+        wide = jnp.promote_types(self.compute.dtype, jnp.float32)
+        x_NGE = sum(x.astype(wide) for x in self.channel_embeddings(patches_NGR.astype(jnp.int32)))
+        y_NGE, _ = self.transformer(x_NGE)
+        return self.projection(y_NGE)
+
+
+class PatchDecoder(nn.Module):
+    """Parameters: `input` [D, P], `transformer`, `head_r` [P, V_r], and `codes` [E, P] if E differs from P.
+
+    It reads the tables through embeddings that `PatchEncoder.channel_embeddings` looked up.
+    """
+
+    config: AudioLMConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        c, width = self.config, self.config.patch_decoder.d_model
+
+        def linear(inputs: int, outputs: int, axes: tuple[str | None, str | None]) -> Linear:
+            return Linear((inputs,), (outputs,), axes[:1], axes[1:], use_bias=False, compute=self.compute)
+
+        self.input = linear(c.llm.d_model, width, ("embed", None))
+        self.transformer = Transformer(c.patch_decoder, self.compute)
+        self.head = [linear(width, size, ("embed", "audio_vocab")) for size in c.audio_vocab_sizes]
+        if c.patch_encoder.d_model != width:
+            self.codes = linear(c.patch_encoder.d_model, width, ("embed", None))
+
+    def start(self, h_ND: jax.Array) -> jax.Array:
+        """Input [N, P] of step 0: the projected hidden state of the position before the patch."""
+        return self.input(h_ND)
+
+    def code_input(self, x_NE: jax.Array) -> jax.Array:
+        """Input [..., P] of a later step, from the sum of the embeddings of the codes of the step before."""
+        return x_NE if self.config.patch_encoder.d_model == self.config.patch_decoder.d_model else self.codes(x_NE)
+
+    def hidden(self, h_ND: jax.Array, embeddings_R: list[jax.Array]) -> jax.Array:
+        """Teacher-forced hidden states [N, T, P] of all steps.
+
+        Args:
+            h_ND: hidden state of the position before each patch.
+            embeddings_R: embeddings [N, G, E] of the true codes of each channel.
+        """
+        c = self.config
+        wide = jnp.promote_types(self.compute.dtype, jnp.float32)
+        # The codes of step t are the input of step t + 1; those of the last step are nobody's input.
+        delayed = (
+            jnp.pad(x.astype(wide), ((0, 0), (delay, max(c.delays) - delay), (0, 0)))[:, :-1]
+            for x, delay in zip(embeddings_R, c.delays, strict=True)
+        )
+        steps = self.code_input(sum(delayed).astype(self.compute.dtype))
+        x_NTP = jnp.concatenate([self.start(h_ND)[:, None], steps], axis=1)
+        return self.transformer(x_NTP)[0]
+
+    def step(self, x_NP: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Hidden state [N, P] of the next step."""
+        y, cache = self.transformer(x_NP[:, None], cache=cache)
+        return y[:, 0], cache
+
+    def logits(self, y: jax.Array, channel: int) -> jax.Array:
+        """Logits [..., V_r] of one channel, float32 (float64 for float64)."""
+        return self.head[channel](y).astype(jnp.promote_types(self.compute.dtype, jnp.float32))

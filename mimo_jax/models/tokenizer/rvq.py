@@ -1,0 +1,290 @@
+"""Residual vector quantiser, learned by exponential moving averages in sum form.
+
+N vectors, D width of a vector, K entries of a level, R levels. A level keeps the moving sum of the vectors that each entry
+was chosen for and their moving count; its codebook is sum / count (counts Laplace-smoothed). So an entry that is
+replaced by writing its sum and count stays replaced, which writing the codebook alone would not achieve: the next moving
+average would bring the old entry back. All arithmetic is float32 (float64 for float64 vectors), and the distances run at the
+highest matmul precision, since codes depend on it.
+
+Source: report section 2.1 and the released code, except the sum form.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mimo_jax.config import RVQConfig
+
+Level = dict[str, jax.Array]  # code_sum [K, D], count [K]
+Codebook = dict[str, Level]
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class QuantizerOutput(NamedTuple):
+    """One training or evaluation pass. The sums run over all vectors of the batch that reached a level.
+
+    Attributes:
+        quantized_ND: sum of the chosen entries; its gradient with respect to the input is the identity.
+        codes_NR: int32; 0 where a level was not reached or the vector is padding.
+        squared_error_R: sum over vectors of mean((entry - residual)^2) over D, differentiable with respect to the input.
+        vectors_R: number of vectors that reached a level.
+        code_counts: for each level, how often each entry was chosen: [K].
+        codebook: the state after the update.
+    """
+
+    quantized_ND: jax.Array
+    codes_NR: jax.Array
+    squared_error_R: jax.Array
+    vectors_R: jax.Array
+    code_counts: tuple[jax.Array, ...]
+    codebook: Codebook
+
+
+def level_name(level: int) -> str:
+    """Name of a level (counted from 0) in the codebook collection."""
+    return f"level_{level:02d}"
+
+
+def smoothed_counts(count_K: jax.Array, epsilon: float) -> jax.Array:
+    """Laplace-smoothed counts with the same total: (n + eps) / (sum n + K eps) * sum n."""
+    total = jnp.sum(count_K)
+    return (count_K + epsilon) / (total + count_K.shape[0] * epsilon) * total
+
+
+def entries(level: Level, epsilon: float) -> jax.Array:
+    """The codebook [K, D] of a level."""
+    return level["code_sum"] / smoothed_counts(level["count"], epsilon)[:, None]
+
+
+def level_from_entries(entries_KD: jax.Array, count_K: jax.Array, epsilon: float) -> Level:
+    """The state whose codebook is `entries_KD` at counts `count_K` (positive)."""
+    return {"code_sum": entries_KD * smoothed_counts(count_K, epsilon)[:, None], "count": count_K}
+
+
+def random_level(size: int, width: int, epsilon: float, key: jax.Array, dtype: Any = jnp.float32) -> Level:
+    """Normal entries with counts of 1: a placeholder until `init_codebooks` has seen a batch."""
+    return level_from_entries(jax.random.normal(key, (size, width), dtype), jnp.ones((size,), dtype), epsilon)
+
+
+def squared_distances(x_ND: jax.Array, entries_KD: jax.Array) -> jax.Array:
+    """Squared distances x^2 - 2 x e + e^2 of vectors and entries: [N, K]."""
+    cross_NK = jnp.matmul(x_ND, entries_KD.T, precision=_HIGHEST)
+    return jnp.sum(x_ND**2, axis=1, keepdims=True) - 2.0 * cross_NK + jnp.sum(entries_KD**2, axis=1)
+
+
+def nearest(x_ND: jax.Array, entries_KD: jax.Array) -> jax.Array:
+    """Index of the nearest entry of each vector: int32 [N]; of several, the lowest."""
+    return jnp.argmin(squared_distances(x_ND, entries_KD), axis=1).astype(jnp.int32)
+
+
+def quantize(codebook: Codebook, x_ND: jax.Array, epsilon: float, num_levels: int | None = None) -> jax.Array:
+    """Codes int32 [N, R] of the first `num_levels` levels (all by default)."""
+    residual_ND = _at_least_float32(x_ND)
+    codes = []
+    for i in range(len(codebook) if num_levels is None else num_levels):
+        entries_KD = entries(codebook[level_name(i)], epsilon)
+        code_N = nearest(residual_ND, entries_KD)
+        residual_ND = residual_ND - entries_KD[code_N]
+        codes.append(code_N)
+    return jnp.stack(codes, axis=1)
+
+
+def dequantize(codebook: Codebook, codes_NR: jax.Array, epsilon: float) -> jax.Array:
+    """Sum of the entries that the codes name, over the levels that they have: [N, D]."""
+    total_ND = None
+    for i in range(codes_NR.shape[1]):
+        chosen_ND = entries(codebook[level_name(i)], epsilon)[codes_NR[:, i]]
+        total_ND = chosen_ND if total_ND is None else total_ND + chosen_ND
+    return total_ND
+
+
+def draw_levels(config: RVQConfig, segment_ids_BM: jax.Array, key: jax.Array) -> jax.Array:
+    """Quantiser dropout: the number of levels of each segment, the same at all its positions: int32 [B, M].
+
+    A segment keeps all levels, or, with `dropout_probability`, a number drawn evenly from 1..R. Decoding from the first
+    levels alone then is what the decoder was trained for.
+    """
+    shape = (segment_ids_BM.shape[0], segment_ids_BM.shape[1] + 1)
+    key_drop, key_levels = jax.random.split(key)
+    dropped = jax.random.bernoulli(key_drop, config.dropout_probability, shape)
+    levels = jax.random.randint(key_levels, shape, 1, config.num_levels + 1)
+    return jnp.take_along_axis(jnp.where(dropped, levels, config.num_levels), segment_ids_BM, axis=1)
+
+
+def train_quantize(
+    config: RVQConfig,
+    codebook: Codebook,
+    x_ND: jax.Array,
+    mask_N: jax.Array,
+    levels_N: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> QuantizerOutput:
+    """Quantises with the codebook as it is, and updates the codebook from what was chosen.
+
+    Args:
+        config: the quantiser.
+        codebook: state before the step.
+        x_ND: vectors, padding included; float.
+        mask_N: bool, False at padding, which contributes to nothing.
+        levels_N: int32 number of levels of each vector (quantiser dropout); all by default.
+        key: random key for the replacement of dead codes; None leaves the codebook as it is (evaluation).
+
+    Returns:
+        See `QuantizerOutput`. Every sum is over the whole batch, so on a mesh it is global.
+    """
+    x_ND = _at_least_float32(x_ND)
+    residual_ND, total_ND = x_ND, jnp.zeros_like(x_ND)
+    codes, errors, reached, counts, updated = [], [], [], [], {}
+    for i in range(config.num_levels):
+        level = codebook[level_name(i)]
+        entries_KD = jax.lax.stop_gradient(entries(level, config.epsilon))
+        active_N = mask_N if levels_N is None else mask_N & (levels_N > i)
+        active_N1 = active_N[:, None]
+        input_ND = jax.lax.stop_gradient(residual_ND)
+        code_N = nearest(input_ND, entries_KD)
+        chosen_ND = jnp.where(active_N1, entries_KD[code_N], 0.0)
+
+        error_N = jnp.mean((chosen_ND - residual_ND) ** 2, axis=1)
+        errors.append(jnp.sum(jnp.where(active_N, error_N, 0.0)))
+        reached.append(jnp.sum(active_N.astype(x_ND.dtype)))
+        codes.append(jnp.where(active_N, code_N, 0))
+
+        chosen_NK = jax.nn.one_hot(code_N, entries_KD.shape[0], dtype=x_ND.dtype) * active_N1
+        counts.append(jnp.sum(chosen_NK, axis=0))
+        if key is None:
+            updated[level_name(i)] = level
+        else:
+            sums_KD = jnp.matmul(chosen_NK.T, input_ND, precision=_HIGHEST)
+            moved = moving_average(level, sums_KD, counts[-1], config.ema_decay)
+            key_level = jax.random.fold_in(key, i)
+            moved = revive_dead_codes(moved, input_ND, active_N, config.dead_code_threshold, key_level)
+            # A level that no vector reached (dropout, an empty batch) keeps its state.
+            updated[level_name(i)] = jax.tree.map(lambda new, old, n=reached[-1]: jnp.where(n > 0, new, old), moved, level)
+
+        total_ND = total_ND + chosen_ND
+        # As published, the residual handed on is the straight-through value, so that later levels' commitment does
+        # not reach the encoder.
+        residual_ND = residual_ND - chosen_ND
+        if config.commitment == "first":
+            residual_ND = jax.lax.stop_gradient(residual_ND)
+
+    return QuantizerOutput(
+        quantized_ND=x_ND + jax.lax.stop_gradient(total_ND - x_ND),
+        codes_NR=jnp.stack(codes, axis=1),
+        squared_error_R=jnp.stack(errors),
+        vectors_R=jnp.stack(reached),
+        code_counts=tuple(counts),
+        codebook=updated,
+    )
+
+
+def moving_average(level: Level, sums_KD: jax.Array, counts_K: jax.Array, decay: float) -> Level:
+    """Moves a level's sums and counts towards those of a batch."""
+    return {
+        "code_sum": decay * level["code_sum"] + (1.0 - decay) * sums_KD,
+        "count": decay * level["count"] + (1.0 - decay) * counts_K,
+    }
+
+
+def revive_dead_codes(level: Level, x_ND: jax.Array, mask_N: jax.Array, threshold: float, key: jax.Array) -> Level:
+    """Replaces entries whose count is below `threshold` by vectors drawn from the batch without replacement.
+
+    A replaced entry gets count = threshold and sum = threshold * vector: the weight of a vector that it must now win on
+    average to stay. With fewer vectors than entries, vectors are used again. Nothing changes when `mask_N` is all False.
+    """
+    vectors_KD = _draw_vectors(x_ND, mask_N, level["count"].shape[0], key)
+    dead_K = (level["count"] < threshold) & jnp.any(mask_N)
+    return {
+        "code_sum": jnp.where(dead_K[:, None], threshold * vectors_KD, level["code_sum"]),
+        "count": jnp.where(dead_K, threshold, level["count"]),
+    }
+
+
+def kmeans(
+    x_ND: jax.Array, mask_N: jax.Array, centroids_KD: jax.Array, iterations: int
+) -> tuple[jax.Array, jax.Array]:
+    """Lloyd's algorithm. A cluster without vectors keeps its centroid.
+
+    Args:
+        x_ND: vectors.
+        mask_N: bool, False at padding.
+        centroids_KD: start.
+        iterations: number of assignments and of updates, at least 1.
+
+    Returns:
+        Centroids [K, D], and the counts [K] of the last assignment (before the last update).
+    """
+
+    def body(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        means_KD, _ = state
+        chosen_NK = jax.nn.one_hot(nearest(x_ND, means_KD), means_KD.shape[0], dtype=x_ND.dtype) * mask_N[:, None]
+        counts_K = jnp.sum(chosen_NK, axis=0)
+        sums_KD = jnp.matmul(chosen_NK.T, x_ND, precision=_HIGHEST)
+        return jnp.where(counts_K[:, None] > 0, sums_KD / jnp.maximum(counts_K, 1.0)[:, None], means_KD), counts_K
+
+    counts_K = jnp.zeros((centroids_KD.shape[0],), x_ND.dtype)
+    return jax.lax.fori_loop(0, iterations, body, (centroids_KD, counts_K))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "size"))
+def _init_level(
+    config: RVQConfig, size: int, x_ND: jax.Array, mask_N: jax.Array, key: jax.Array
+) -> tuple[Level, jax.Array]:
+    start_KD = _draw_vectors(x_ND, mask_N, size, key)
+    means_KD, counts_K = kmeans(x_ND, mask_N, start_KD, config.kmeans_iterations)
+    # An empty cluster needs a positive weight to keep its centroid; the first step may then find it dead.
+    level = level_from_entries(means_KD, jnp.maximum(counts_K, 1.0), config.epsilon)
+    return level, x_ND - means_KD[nearest(x_ND, means_KD)]
+
+
+def init_codebooks(config: RVQConfig, z_ND: jax.Array, mask_N: jax.Array, key: jax.Array) -> Codebook:
+    """k-means start: the levels in sequence, each on what the levels before it leave over of a first batch.
+
+    Args:
+        config: the quantiser.
+        z_ND: encoder outputs, padding included.
+        mask_N: bool, False at padding.
+        key: random key for the starting centroids, which are vectors of the batch.
+
+    Returns:
+        The codebook collection. Sums are centroid * count (the released code stores the centroid itself as the sum,
+        which shrinks every codebook at its first update).
+    """
+    residual_ND = _at_least_float32(z_ND)
+    codebook = {}
+    for i, size in enumerate(config.codebook_sizes):
+        level, residual_ND = _init_level(config, size, residual_ND, mask_N, jax.random.fold_in(key, i))
+        codebook[level_name(i)] = level
+    return codebook
+
+
+def usage_and_perplexity(code_counts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Share of the entries in use and perplexity of the codes of each level: two arrays [R].
+
+    Args:
+        code_counts: counts [K] of each level, summed over as many batches as wanted. A level without counts has
+            perplexity 1.
+    """
+    used = jnp.stack([jnp.mean((counts > 0).astype(counts.dtype)) for counts in code_counts])
+    perplexity = []
+    for counts_K in code_counts:
+        share_K = counts_K / jnp.maximum(jnp.sum(counts_K), 1.0)
+        perplexity.append(jnp.exp(-jnp.sum(share_K * jnp.log(jnp.where(share_K > 0, share_K, 1.0)))))
+    return used, jnp.stack(perplexity)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _draw_vectors(x_ND: jax.Array, mask_N: jax.Array, size: int, key: jax.Array) -> jax.Array:
+    """Vectors [size, D] drawn without replacement from those in the mask; used again in turn where there are fewer."""
+    priority_N = jnp.where(mask_N, jax.random.uniform(key, mask_N.shape), -1.0)
+    drawn = jax.lax.top_k(priority_N, min(size, mask_N.shape[0]))[1]  # those in the mask first, in random order
+    available = jnp.clip(jnp.sum(mask_N), 1, drawn.shape[0])
+    return x_ND[drawn[jnp.arange(size) % available]]

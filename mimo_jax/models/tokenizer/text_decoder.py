@@ -1,0 +1,60 @@
+"""Text decoder of the audio-to-text objective: a causal LM whose prefix is the quantised sequence of the clip.
+
+B rows, M RVQ frames, U text tokens, D width of the audio tokenizer, V text vocabulary.
+
+Source: report section 2.1 (A2T). Its size is not stated there.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mimo_jax.config import A2TConfig, ComputeConfig
+from mimo_jax.models.tokenizer.segments import segment_positions
+from mimo_jax.models.transformer import Linear, Transformer, initializer
+
+
+class TextDecoder(nn.Module):
+    """Reads the quantised frames and the text of the packed clips, and predicts the text."""
+
+    config: A2TConfig
+    audio_width: int
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        quantized_BMD: jax.Array,
+        segment_ids_BM: jax.Array,
+        text_BU: jax.Array,
+        text_segment_ids_BU: jax.Array,
+        text_positions_BU: jax.Array,
+    ) -> jax.Array:
+        """Predicts the next token at every text position.
+
+        The row is all frames, then all text tokens; a token sees the frames of its own clip and the text before it. The last
+        four arguments are those of `mimo_jax.rows.TokenizerRows`.
+
+        Returns:
+            Logits [B, U, V], float32 (float64 in float64).
+        """
+        width, vocab = self.config.transformer.d_model, self.config.vocab_size
+        dtype = jnp.dtype(self.compute.dtype)
+        frames = Linear((self.audio_width,), (width,), (None,), ("embed",), False, self.compute, name="frames")
+        table = self.param(
+            "embedding",
+            nn.with_logical_partitioning(initializer(), ("vocab", "embed")),
+            (vocab, width),
+            jnp.dtype(self.compute.param_dtype),
+        )
+        x = jnp.concatenate([frames(quantized_BMD), table.astype(dtype)[text_BU]], axis=1)
+        segment_ids = jnp.concatenate([segment_ids_BM, text_segment_ids_BU], axis=1)
+        positions = jnp.concatenate([segment_positions(segment_ids_BM), text_positions_BU], axis=1)
+        x, _ = Transformer(self.config.transformer, self.compute, name="transformer")(
+            x, segment_ids_BL=segment_ids, positions_BL=positions
+        )
+        head = Linear((width,), (vocab,), ("embed",), ("vocab",), False, self.compute, name="head")
+        logits = head(x[:, segment_ids_BM.shape[1] :])
+        return logits.astype(jnp.promote_types(dtype, jnp.float32))

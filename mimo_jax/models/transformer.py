@@ -1,0 +1,283 @@
+"""Pre-norm transformer: the one block that every stack of the system is made of.
+
+`TransformerConfig` says which: LayerNorm + GELU with biases is the audio tokenizer's block, RMSNorm + SwiGLU with q/k/v
+biases the Qwen2 block of the language model. Parameters of a block: `norm_attn`, `attn/{q,k,v,out}`, `norm_mlp`,
+`mlp/{up,gate,down}`; linear kernels are [in..., out...] with heads as an axis of their own, so that the
+mesh can cut them. A stack holds its blocks under `layers` with a leading axis (scanned) or under `layers_0`, `layers_1`, ...
+(unrolled), and its final norm under `norm`.
+
+Axes: B batch, L positions, D width, F feed-forward width, N query heads, K key/value heads, H head dimension, S cache slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mimo_jax.config import ComputeConfig, TransformerConfig
+from mimo_jax.models.attention import attention, rope_tables, rotate
+from mimo_jax.sharding import constrain_batch
+
+INIT_SCALE = 0.02
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class KVCache(flax.struct.PyTreeNode):
+    """Keys and values of the positions a stack has seen. Request b owns slots 0 .. lengths_B[b] - 1.
+
+    Attributes:
+        k: [layers, B, S, K, H], rotated keys.
+        v: [layers, B, S, K, H].
+        lengths_B: int32, filled slots of each request.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    lengths_B: jax.Array
+
+    @staticmethod
+    def zeros(config: TransformerConfig, batch: int, size: int, dtype: Any) -> KVCache:
+        """An empty cache of `size` slots for each of `batch` requests."""
+        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+        return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), lengths_B=jnp.zeros(batch, jnp.int32))
+
+
+class _Shared(NamedTuple):
+    """What all layers of a stack read."""
+
+    cos: jax.Array
+    sin: jax.Array
+    segment_ids_BL: jax.Array | None
+    slots_BL: jax.Array | None  # cache slot that each position is written to
+
+
+def initializer(scale: float = INIT_SCALE) -> nn.initializers.Initializer:
+    """Normal of standard deviation `scale`: every matrix and table of the system."""
+    return nn.initializers.normal(scale)
+
+
+class Linear(nn.Module):
+    """Affine map of the trailing axes: [..., *inputs] -> [..., *outputs], with kernel [*inputs, *outputs].
+
+    `input_axes` and `output_axes` are the logical names of the kernel's axes.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    input_axes: tuple[str | None, ...]
+    output_axes: tuple[str | None, ...]
+    use_bias: bool
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
+        init = nn.with_logical_partitioning(initializer(), self.input_axes + self.output_axes)
+        kernel = self.param("kernel", init, self.inputs + self.outputs, param_dtype)
+        n = len(self.inputs)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (contract, ((), ())))
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.output_axes)
+            y = y + self.param("bias", zeros, self.outputs, param_dtype).astype(dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in float32 (float64 for float64 inputs)."""
+
+    kind: str
+    features: int
+    eps: float
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        param_dtype = jnp.dtype(self.compute.param_dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", ones, (self.features,), param_dtype).astype(wide)
+        y = x.astype(wide)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * scale
+        if self.kind == "layernorm":
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+            y = y + self.param("bias", zeros, (self.features,), param_dtype).astype(wide)
+        return y.astype(jnp.dtype(self.compute.dtype))
+
+
+class _Attention(nn.Module):
+    config: TransformerConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, shared: _Shared, kv, layer):
+        c = self.config
+
+        def project(name: str, heads: int, axis: str, use_bias: bool) -> jax.Array:
+            shape, axes = (heads, c.head_dim), (axis, "head_dim")
+            return Linear((c.d_model,), shape, ("embed",), axes, use_bias, self.compute, name=name)(x_BLD)
+
+        q = rotate(project("q", c.num_heads, "heads", c.q_bias), shared.cos, shared.sin)
+        k = rotate(project("k", c.num_kv_heads, "kv_heads", c.k_bias), shared.cos, shared.sin)
+        v = project("v", c.num_kv_heads, "kv_heads", c.v_bias)
+        mask: dict[str, Any] = {"q_segments_BL": shared.segment_ids_BL, "kv_segments_BS": shared.segment_ids_BL}
+        if kv is not None:
+            rows = jnp.arange(x_BLD.shape[0])[:, None]
+            kv = tuple(
+                all_.at[layer, rows, shared.slots_BL].set(new.astype(all_.dtype), mode="drop")
+                for all_, new in zip(kv, (k, v), strict=True)
+            )
+            k, v = (all_[layer].astype(q.dtype) for all_ in kv)
+            slots_BS = jnp.arange(k.shape[1])[None]
+            mask = {"q_positions_BL": shared.slots_BL, "kv_positions_BS": slots_BS}
+        y = attention(q, k, v, causal=c.causal, window=c.window, impl=self.compute.attention, **mask)
+        out = Linear(
+            (c.num_heads, c.head_dim),
+            (c.d_model,),
+            ("heads", "head_dim"),
+            ("embed",),
+            c.out_bias,
+            self.compute,
+            name="out",
+        )
+        return out(y), kv
+
+
+class _MLP(nn.Module):
+    config: TransformerConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        c = self.config
+
+        def linear(name: str, a: int, b: int, axes: tuple[str, str]) -> Linear:
+            return Linear((a,), (b,), axes[:1], axes[1:], c.mlp_bias, self.compute, name=name)
+
+        h = linear("up", c.d_model, c.d_ff, ("embed", "mlp"))(x_BLD)
+        if c.mlp == "swiglu":
+            h = nn.silu(linear("gate", c.d_model, c.d_ff, ("embed", "mlp"))(x_BLD)) * h
+        else:
+            h = nn.gelu(h, approximate=False)
+        return linear("down", c.d_ff, c.d_model, ("mlp", "embed"))(h)
+
+
+class _Block(nn.Module):
+    config: TransformerConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, carry, shared: _Shared):
+        c = self.config
+        x, kv, layer = carry
+
+        def norm(name: str) -> Norm:
+            return Norm(c.norm, c.d_model, c.norm_eps, self.compute, name=name)
+
+        y, kv = _Attention(c, self.compute, name="attn")(norm("norm_attn")(x), shared, kv, layer)
+        x = x + y
+        x = constrain_batch(x + _MLP(c, self.compute, name="mlp")(norm("norm_mlp")(x)))
+        return (x, kv, layer + 1), None
+
+
+class Transformer(nn.Module):
+    """A stack of pre-norm blocks and, unless `final_norm` is False, a norm after them."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+    final_norm: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        *,
+        segment_ids_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+        cache: KVCache | None = None,
+        cache_valid_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the stack over whole rows, or over the next positions of requests whose past is in `cache`.
+
+        Args:
+            x_BLD: input vectors.
+            segment_ids_BL: int32 document of each position, 0 = padding: documents do not attend to each other.
+            positions_BL: int32 rotary positions; by default the index in the row, with a cache the slot.
+            cache: keys and values of the past. Position l of request b is written to slot lengths_B[b] + l and sees the
+                slots up to its own. The caller sees to it that the slots exist: writes beyond them are dropped.
+            cache_valid_BL: bool, with a cache: the real positions of a right-padded prompt. Lengths grow by their number,
+                so that later positions overwrite the slots of the padding.
+
+        Returns:
+            Outputs [B, L, D] in the compute dtype, and the new cache (None without one).
+
+        Raises:
+            ValueError: a cache is given to a stack that is not causal, or together with segments.
+        """
+        c, compute = self.config, self.compute
+        B, L, _ = x_BLD.shape
+        dtype = jnp.dtype(compute.dtype)
+        slots_BL = None
+        if cache is not None:
+            if not c.causal or segment_ids_BL is not None:
+                raise ValueError("Transformer: a cache needs a causal stack and rows without segment ids")
+            slots_BL = cache.lengths_B[:, None] + jnp.arange(L, dtype=jnp.int32)
+        elif cache_valid_BL is not None:
+            raise ValueError("Transformer: cache_valid_BL is given without a cache")
+        if positions_BL is None:
+            positions_BL = jnp.arange(L, dtype=jnp.int32)[None] if slots_BL is None else slots_BL
+        wide = jnp.promote_types(dtype, jnp.float32)
+        shared = _Shared(*rope_tables(positions_BL, c.head_dim, c.rope_theta, wide), segment_ids_BL, slots_BL)
+
+        block: Any = _Block
+        if compute.remat != "none" and cache is None:
+            # A scan already keeps XLA from merging the recomputation with the forward pass.
+            block = nn.remat(_Block, policy=_REMAT_POLICIES[compute.remat], prevent_cse=not compute.scan_layers)
+        kv = None if cache is None else (cache.k, cache.v)
+        carry = (constrain_batch(x_BLD.astype(dtype)), kv, 0)
+        if compute.scan_layers:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            carry, _ = stack(c, compute, name="layers")((*carry[:2], jnp.int32(0)), shared)
+        else:
+            for i in range(c.num_layers):
+                (x, kv, _), _ = block(c, compute, name=f"layers_{i}")((*carry[:2], i), shared)
+                carry = (x, kv, i + 1)
+        x, kv, _ = carry
+        if self.final_norm:
+            x = Norm(c.norm, c.d_model, c.norm_eps, compute, name="norm")(x)
+        if cache is None:
+            return x, None
+        grown = L if cache_valid_BL is None else cache_valid_BL.sum(-1, dtype=jnp.int32)
+        return x, KVCache(k=kv[0], v=kv[1], lengths_B=cache.lengths_B + grown)
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of an unrolled stack (`layers_0`, ...) as those of a scanned one (`layers`, with a leading axis)."""
+    count = sum(name.startswith("layers_") for name in params)
+    layers = [params[f"layers_{i}"] for i in range(count)]
+    rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
+    return {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers), **rest}
+
+
+def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The inverse of `stack_layers`."""
+    layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(num_layers)}
+    return {**layers, **{name: value for name, value in params.items() if name != "layers"}}

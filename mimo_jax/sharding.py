@@ -1,0 +1,137 @@
+"""Device mesh and logical-axis rules, once for the whole package.
+
+A parameter carries the logical name of each of its axes ("embed", "heads", ...); `LOGICAL_RULES` says which mesh axis
+each name is cut over. Activations are cut over the batch only; their other axes follow from the parameters.
+
+Mesh axes: `data` replicates parameters, `fsdp` cuts parameters and batch, `tensor` cuts heads, feed-forward and
+vocabulary. All axes are `AxisType.Auto`: the compiler places the collectives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mimo_jax.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis -> mesh axis (None: every device holds the whole axis).
+LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "audio_vocab": None,
+    "codebook": None,
+    "frame": None,
+    "channels": None,
+    "time": None,
+    "norm": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with axes ("data", "fsdp", "tensor") over all devices.
+
+    Args:
+        config: size of each axis; an axis of -1 takes the devices that the others leave.
+        devices: devices to use, `jax.devices()` by default.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    known = math.prod(s for s in sizes.values() if s != -1)
+    if -1 in sizes.values() and len(devices) % known == 0:
+        sizes = {name: len(devices) // known if s == -1 else s for name, s in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"mesh: expected data * fsdp * tensor = {len(devices)} (the number of devices), "
+            f"got data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
+        )
+    shape = tuple(sizes.values())
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def partition_spec(names: Sequence[str | None], parameter: str = "array") -> PartitionSpec:
+    """Mesh axes of an array whose axes have these logical names.
+
+    Raises:
+        ValueError: a name is not in `LOGICAL_RULES`, or two axes would be cut over the same mesh axis. The message names
+            the parameter and the axis.
+    """
+    entries: list[str | tuple[str, ...] | None] = []
+    used: dict[str, str] = {}
+    for name in names:
+        if name is not None and name not in LOGICAL_RULES:
+            raise ValueError(f"{parameter}: axis {name!r} is not in LOGICAL_RULES ({', '.join(LOGICAL_RULES)})")
+        entry = None if name is None else LOGICAL_RULES[name]
+        for axis in (entry,) if isinstance(entry, str) else entry or ():
+            if axis in used:
+                raise ValueError(f"{parameter}: axes {used[axis]!r} and {name!r} are both cut over mesh axis {axis!r}")
+            used[axis] = str(name)
+        entries.append(entry)
+    return PartitionSpec(*entries)
+
+
+def shardings(abstract_boxed_variables: Any, mesh: Mesh) -> Any:
+    """Sharding of every variable.
+
+    Args:
+        abstract_boxed_variables: tree of shapes in boxes that hold the logical names of the axes, as
+            `jax.eval_shape` of a module's `init` gives it. A leaf without a box is replicated.
+        mesh: from `make_mesh`.
+
+    Returns:
+        Tree of `NamedSharding`, of the structure of the unboxed variables.
+
+    Raises:
+        ValueError: an axis cannot be divided over its mesh axes; the message names parameter, axis and divisor.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names = getattr(leaf, "names", None)
+        if names is None:
+            return NamedSharding(mesh, PartitionSpec())
+        parameter = "/".join(str(getattr(k, "key", k)) for k in path)
+        spec = partition_spec(names, parameter)
+        for size, name, entry in zip(leaf.value.shape, names, spec, strict=True):
+            divisor = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            if size % divisor:
+                raise ValueError(
+                    f"{parameter}: axis {name!r} of size {size} cannot be divided over mesh axis {entry!r} of size {divisor}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, abstract_boxed_variables, is_leaf=lambda x: hasattr(x, "names"))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an input whose leading axis is the batch: cut over `data` and `fsdp`, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def current_mesh() -> Any:
+    """The mesh that `jax.set_mesh` has set, if it is one of `make_mesh`; None without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh is not None and set(MESH_AXES) <= set(mesh.axis_names) else None
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Cuts the leading axis over `data` and `fsdp` when a mesh is set and divides it; otherwise returns `x` as it is."""
+    mesh = current_mesh()
+    if mesh is None or x.shape[0] % int(np.prod([mesh.shape[a] for a in BATCH_AXES])):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *(None,) * (x.ndim - 1)))

@@ -1,0 +1,1 @@
+"""Text tokenizers: SentencePiece and Hugging Face `tokenizer.json` behind one interface."""
