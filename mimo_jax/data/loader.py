@@ -1,0 +1,205 @@
+"""The row loader that training reads from: Grain reads and prefetches the rows that a plan numbers.
+
+Global step t reads rows t * B .. (t + 1) * B of the plan; process p of P gets the p-th P-th of them, in order. So the
+position in the data is the step, and every process count deals the same global batches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mimo_jax.data.plan import DocumentRef, RowPlan
+from mimo_jax.data.records import DataError
+
+_ENDLESS = 1 << 48
+
+
+class _Rows:
+    """Random access to the rows that one process reads from a step on; what Grain calls a data source."""
+
+    def __init__(
+        self,
+        plan: RowPlan,
+        make_row: Callable[[list[DocumentRef]], Any],
+        empty: Any,
+        rows: int,
+        local: int,
+        offset: int,
+        step: int,
+        stop: int,
+    ):
+        self._plan, self._make_row, self._empty = plan, make_row, empty
+        self._rows, self._local, self._offset, self._step, self._stop = rows, local, offset, step, stop
+
+    def __len__(self) -> int:
+        return (self._stop - self._step) * self._local
+
+    def __getitem__(self, index: int) -> Any:
+        step, place = divmod(int(index), self._local)
+        try:
+            documents = self._plan.row((self._step + step) * self._rows + self._offset + place)
+        except IndexError:  # behind the end of a pass: the last batch is filled up
+            return self._empty
+        return self._make_row(documents)
+
+
+class RowLoader:
+    """Iterator over the host-local part of global batches of packed rows (a NamedTuple of arrays, leading axis rows).
+
+    A loader over one pass starts anew with every `iter(loader)`; its last batch is filled up with empty rows.
+
+    Args:
+        plan: numbers the rows.
+        make_row: assembles one row, arrays without the batch axis, from its documents; called from several threads.
+        empty: a row that holds nothing.
+        rows: rows of the global batch.
+        fingerprint: what determines the stream; see `check_fingerprint`.
+        process_index: which part of the batch to read.
+        process_count: number of parts, a divisor of `rows`.
+        threads: threads that read; 0 reads when asked.
+        one_pass: end after every row of the plan was read.
+
+    Raises:
+        DataError: the rows cannot be dealt to the processes.
+    """
+
+    def __init__(
+        self,
+        plan: RowPlan,
+        make_row: Callable[[list[DocumentRef]], Any],
+        empty: Any,
+        rows: int,
+        fingerprint: Mapping[str, Any],
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int = 2,
+        one_pass: bool = False,
+    ):
+        if rows % process_count or not 0 <= process_index < process_count:
+            raise DataError(f"data.rows: expected a multiple of the number of processes ({process_count}), got {rows}")
+        self.plan, self.fingerprint = plan, dict(fingerprint)
+        self._make_row, self._empty, self._rows, self._threads = make_row, empty, rows, threads
+        self._local = rows // process_count
+        self._offset = process_index * self._local
+        self._stop = -(-plan.num_rows() // rows) if one_pass else _ENDLESS // rows
+        self.one_pass = one_pass
+        self._step = 0
+        self._iterator: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.one_pass and self._step:
+            self._seek(0)
+        return self
+
+    def __len__(self) -> int:
+        """Batches of one pass."""
+        if not self.one_pass:
+            raise TypeError("an endless loader has no length")
+        return self._stop
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = self._open()
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def _open(self) -> Any:
+        import grain
+
+        source = _Rows(
+            self.plan, self._make_row, self._empty, self._rows, self._local, self._offset, self._step, self._stop
+        )
+        reading = grain.ReadOptions(
+            num_threads=self._threads,
+            prefetch_buffer_size=max(2 * self._local, 2 * self._threads) if self._threads else 0,
+        )
+        dataset = grain.MapDataset.source(source).to_iter_dataset(reading).batch(self._local, batch_fn=_stack)
+        return iter(dataset)
+
+    def _seek(self, step: int) -> None:
+        self.close()
+        self._step = step
+
+    @property
+    def step(self) -> int:
+        """Batches read so far, which is the position in the data."""
+        return self._step
+
+    def state(self) -> dict[str, int]:
+        """What `restore` needs: the step, and where its block of the plan begins. The same on every process."""
+        try:
+            block, first = self.plan.locate(self._step * self._rows)
+        except IndexError:
+            return {"step": self._step, "block": 0, "block_row": 0}
+        return {"step": self._step, "block": block, "block_row": first}
+
+    def restore(self, state: Mapping[str, int], fingerprint: Mapping[str, Any] | None = None) -> None:
+        """Continues from a saved state.
+
+        Args:
+            state: what `state` returned.
+            fingerprint: the `fingerprint` of the loader that saved it; compared when given.
+
+        Raises:
+            DataError: the state belongs to other data, or is not one.
+        """
+        if fingerprint is not None:
+            check_fingerprint(fingerprint, self.fingerprint)
+        try:
+            step, block, row = (int(state[k]) for k in ("step", "block", "block_row"))
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"data position: expected step, block and block_row, got {dict(state)!r}") from None
+        if min(step, block, row) < 0 or row > step * self._rows:
+            raise DataError(f"data position: expected a position of this stream, got {dict(state)!r}")
+        self._seek(step)
+        self.plan.start_from(block, row)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """About how many steps read as many records as all sources have."""
+        return self.plan.rows_per_epoch() / self._rows
+
+    def epochs(self) -> Mapping[str, float]:
+        """How often each source has been gone through."""
+        return self.plan.epochs(self._step * self._rows)
+
+    def close(self) -> None:
+        """Stops the reading threads. The loader goes on where it was when it is asked for another batch."""
+        if self._iterator is not None and hasattr(self._iterator, "close"):
+            self._iterator.close()
+        self._iterator = None
+
+    def __enter__(self) -> RowLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _stack(rows: list[Any]) -> Any:
+    row_type = type(rows[0])  # LMRows or TokenizerRows
+    return row_type(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compares the data fingerprint of a checkpoint with that of the loader that shall continue it.
+
+    Raises:
+        DataError: they differ; the message names the first entry that does.
+    """
+    saved, current = json.loads(json.dumps(dict(saved))), json.loads(json.dumps(dict(current)))
+    for key in sorted({*saved, *current}):
+        a, b = saved.get(key), current.get(key)
+        if a != b:
+            if isinstance(a, dict) and isinstance(b, dict):
+                inner = next(k for k in sorted({*a, *b}) if a.get(k) != b.get(k))
+                key, a, b = f"{key}[{inner}]", a.get(inner), b.get(inner)
+            raise DataError(
+                f"data of the checkpoint: {key}: the checkpoint has {a!r}, the job has {b!r}; "
+                "the stream of batches would not continue"
+            )
