@@ -12,12 +12,15 @@ model, T mel frames (100 Hz), M RVQ frames (25 Hz), S samples (24 kHz).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
+import importlib.machinery
 import json
 import math
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -440,7 +443,7 @@ class SourceConfig:
     layouts: LayoutWeights
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, f"data.sources[{self.path}].weight", "a non-negative number", self.weight)
+        _require(self.weight >= 0, "weight", "a non-negative number", self.weight)
 
 
 @dataclass(frozen=True)
@@ -649,16 +652,17 @@ def _optional_type(hint: Any) -> type:
     return next(a for a in typing.get_args(hint) if a is not type(None))
 
 
-def from_config_dict(values: ml_collections.ConfigDict) -> JobConfig:
-    """Builds the job config that a config file describes (its `job` key says which).
+def from_config_dict(values: ml_collections.ConfigDict | Mapping[str, Any]) -> JobConfig:
+    """Builds the job config that a config file or a checkpoint's parsed JSON describes (its `job` key says which).
 
     Raises:
         ConfigError: a key is unknown or missing, has the wrong type, or holds an impossible value.
     """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
     job = values.get("job")
-    if job not in JOBS:
-        raise ConfigError(f"config.job: expected one of {sorted(JOBS)}, got {job!r}")
-    return build(JOBS[job], values.to_dict(), "config")
+    _require(job in JOBS, "config.job", f"one of {sorted(JOBS)}", job)
+    return build(JOBS[str(job)], values, "config")
 
 
 def build(cls: type, values: Mapping[str, Any], name: str) -> Any:
@@ -674,7 +678,9 @@ def build(cls: type, values: Mapping[str, Any], name: str) -> Any:
     try:
         return cls(**{key: _convert(hints[key], values[key], f"{name}.{key}") for key in values})
     except ConfigError as error:
-        message = str(error)
+        message, group = str(error), name.rpartition(".")[2]
+        if message.startswith((f"{group}.", f"{group}:")):  # a group that names itself, as RunConfig does
+            message = name + message.removeprefix(group)
         raise ConfigError(message if message.startswith(name) else f"{name}.{message}") from None
 
 
@@ -721,24 +727,85 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
 
 
-def load_config(spec: str, overrides: list[str]) -> JobConfig:
+def load_config(spec: str, overrides: Sequence[str] = ()) -> JobConfig:
     """Loads `FILE:SIZE` and applies `--config.a.b=value` overrides.
 
     Args:
         spec: path of a config file, and after a colon the argument for its `get_config`.
-        overrides: command-line flags that begin with `--config.`.
+        overrides: command-line flags that begin with `--config.`. A value is read as the type of its setting: `None`
+            for a setting that may be left out, `1,2,3` or `(1, 2, 3)` for a tuple, `true` or `false` for a switch.
 
     Raises:
         ConfigError: the file, a key or a value is wrong.
     """
-    from absl import flags
-    from ml_collections import config_flags
+    values = _load_config_file(spec)
+    job = str(values.get("job"))
+    _require(job in JOBS, "config.job", f"one of {sorted(JOBS)}", job)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not key.startswith("--config.") or not equals:
+            raise ConfigError(f"{override}: expected --config.KEY=VALUE")
+        _override(JOBS[job], values, key.removeprefix("--config.").split("."), text, "config")
+    return build(JOBS[job], values, "config")
 
-    arguments = ["config", f"--config={spec}", *overrides]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+
+def _load_config_file(spec: str) -> dict[str, Any]:
+    """The nested dictionary that `get_config(SIZE)` of a config file describes."""
+    path, colon, argument = spec.rpartition(":")
+    if not colon:
+        path, argument = spec, ""
+    if not os.path.isfile(path):
+        raise ConfigError(f"--config={spec}: there is no file {path!r}; expected FILE:SIZE, as configs/joint.py:tiny")
     try:
-        values(arguments)
-    except (flags.Error, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"--config={spec}: {error}") from error
-    return from_config_dict(values["config"].value)
+        loader = importlib.machinery.SourceFileLoader("mimo_jax_config_file", path)
+        module = types.ModuleType(loader.name)
+        loader.exec_module(module)
+        values = module.get_config(argument) if argument else module.get_config()
+        return values.to_dict()
+    except ConfigError as error:
+        raise ConfigError(f"--config={spec}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"--config={spec}: the config file fails: {type(error).__name__}: {error}") from error
+
+
+def _override(hint: Any, values: dict[str, Any], path: list[str], text: str, name: str) -> None:
+    """Sets `path` below the group `values` (described by `hint`) to the value that `text` stands for."""
+    key, rest = path[0], path[1:]
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(hints))}"
+            raise ConfigError(f"{name}.{key}: unknown setting; {advice}")
+        inner = hints[key]
+    else:  # a mapping, such as data.sources: a new name starts a new group
+        inner = typing.get_args(hint)[1]
+    name = f"{name}.{key}"
+    is_group = dataclasses.is_dataclass(inner) or typing.get_origin(inner) is Mapping
+    if is_group and rest:
+        _override(inner, values.setdefault(key, {}), rest, text, name)
+    elif is_group:
+        raise ConfigError(f"{name}: this is a group of settings; set one of them, as in --{name}.KEY=VALUE")
+    elif rest:
+        raise ConfigError(f"{name}: this is a single setting, it has no {'.'.join(rest)}")
+    else:
+        values[key] = _parse(inner, text, name)
+
+
+def _parse(hint: Any, text: str, name: str) -> Any:
+    """Reads a command-line value as the type of its setting; `build` checks what it may be."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if text.lower() == "none" else _parse(_optional_type(hint), text, name)
+    if origin is tuple:
+        items = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
+        return [_parse(args[0], item.strip(), name) for item in items if item.strip()]
+    if hint is bool:
+        _require(text.lower() in ("true", "false"), name, "true or false", text)
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ConfigError(f"{name}: expected {'an integer' if hint is int else 'a number'}, got {text!r}") from None
+    return text

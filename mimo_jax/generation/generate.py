@@ -1,0 +1,409 @@
+"""Batched generation of text and patches: prefill once, then one jitted loop over positions with a KV cache.
+
+Every position starts with the text head. Where it says `<|empty|>`, the patch decoder writes a patch for that request
+and the patch encoder turns it into the next input; elsewhere the text embedding is the next input. Requests of a batch
+may differ in prompt, lengths, stop ids, samplers and seed; what one yields does not depend on the others.
+
+Axes: B requests, P prompt positions, C prompt patches, N new positions, V vocabulary, D width, G frames of a patch,
+R channels.
+Source: released inference code (generation loop, `min_new` and stop ids); report section 2.2 (delays).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.config import AudioLMConfig, ComputeConfig, ConfigError
+from mimo_jax.generation.sampling import DEFAULT_TEXT, PATCHES, SamplingConfig, SamplingParams, sample, sampling_params
+from mimo_jax.models.audio_lm import AudioLM, active_channels, unroll_params, unrolled
+from mimo_jax.models.transformer import KVCache
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a request starts from.
+
+    Attributes:
+        text: int32 [P], text ids, `<|empty|>` where a patch stands.
+        patches: integer [C, G, R], the codes of those patches in order.
+    """
+
+    text: np.ndarray
+    patches: np.ndarray
+
+
+@dataclass(frozen=True)
+class Request:
+    """One continuation to generate.
+
+    Attributes:
+        prompt: at least one position.
+        max_new: positions to generate at most (text ids and patches together).
+        min_new: stop ids are not drawn before this many new positions.
+        stop_ids: text ids that end the request; the one that does is part of the result.
+        allowed_ids: the only text ids that may be drawn (`<|empty|>` among them, if patches may come); None allows all.
+        text_sampling: sampler of the text head.
+        patch_sampling: sampler of the patch decoder.
+        seed: all draws of the request follow from it.
+    """
+
+    prompt: Prompt
+    max_new: int
+    stop_ids: tuple[int, ...]
+    min_new: int = 0
+    allowed_ids: tuple[int, ...] | None = None
+    text_sampling: SamplingConfig = DEFAULT_TEXT
+    patch_sampling: SamplingConfig = PATCHES
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a request yielded.
+
+    Attributes:
+        text: int32 [n], the new positions in order, `<|empty|>` where a patch stands.
+        patches: int32 [patches, G, R], the new patches in order.
+        stop_id: the stop id that ended the request, None where `max_new` did.
+    """
+
+    text: np.ndarray
+    patches: np.ndarray
+    stop_id: int | None
+
+    @property
+    def codes(self) -> np.ndarray:
+        """uint16 [patches * G, R]: the frames of all new patches."""
+        return self.patches.reshape(-1, self.patches.shape[-1]).astype(np.uint16)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall seconds of one call of `Generator.generate`; `positions` counts the new positions of all requests."""
+
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    positions: int
+    patches: int
+
+
+class _Batch(NamedTuple):
+    """Requests as arrays."""
+
+    text_BP: Any
+    patches_BCGR: Any
+    patch_positions_BC: Any  # P = unused slot
+    lengths_B: Any
+    max_new_B: Any
+    min_new_B: Any
+    removed_BV: Any  # bool, ids that are never drawn
+    stops_BV: Any  # bool
+    seeds_B: Any  # uint32
+    text: SamplingParams
+    patch: SamplingParams
+
+
+class _Output(NamedTuple):
+    """What the decoding loop has written so far."""
+
+    counts_B: Any  # new positions
+    done_B: Any
+    stopped_B: Any  # a stop id has been drawn
+    text_BN: Any
+    patches_BNGR: Any
+
+
+class Generator:
+    """A language model ready to generate: parameters on the device, and the programs compiled so far.
+
+    Lengths are rounded up to few sizes, so that requests of similar size share a compiled program. On a CPU the scanned
+    layers are split, because streaming stacked weights through a scan is several times slower there.
+    """
+
+    def __init__(
+        self,
+        config: AudioLMConfig,
+        params: Any,
+        compute: ComputeConfig | None = None,
+        text_vocab_size: int | None = None,
+    ) -> None:
+        """
+        Args:
+            config: sizes.
+            params: parameter tree of `AudioLM`, as training leaves it (layers stacked if `compute.scan_layers`).
+            compute: precision that the model was trained with.
+            text_vocab_size: ids from here on are rows that no text token uses; they are never drawn.
+        """
+        compute = dataclasses.replace(compute or ComputeConfig(), remat="none")
+        if jax.default_backend() == "cpu" and compute.scan_layers:
+            params, compute = unroll_params(params, config), unrolled(compute)
+        self.config = config
+        self.compute = compute
+        self.params = jax.tree_util.tree_map_with_path(self._stored, params)
+        self.text_vocab_size = config.vocab_size if text_vocab_size is None else text_vocab_size
+        self._model = AudioLM(config, self.compute)
+        self._programs: dict[Any, tuple[Any, Any]] = {}
+
+    def generate(self, requests: Sequence[Request]) -> tuple[list[Generated], Timing]:
+        """Runs all requests as one batch.
+
+        Args:
+            requests: at least one. A batch costs what its longest prompt and its longest answer cost.
+
+        Returns:
+            One result per request, in order, and the time it took.
+
+        Raises:
+            ConfigError: a request is impossible (empty prompt, ids outside the vocabulary, no id left to draw, ...).
+        """
+        if not requests:
+            raise ConfigError("requests: expected at least one")
+        for number, request in enumerate(requests):
+            self._check(request, f"request {number}")
+        batch, new = self._batch(requests)
+        started = time.perf_counter()
+        prefill, decode = self._compiled(batch, new)
+        compiled = time.perf_counter()
+        h_BD, cache = jax.block_until_ready(prefill(self.params, batch))
+        prefilled = time.perf_counter()
+        end = jax.device_get(decode(self.params, batch, h_BD, cache)[0])
+        decoded = time.perf_counter()
+        results = [self._result(end, b) for b in range(len(requests))]
+        timing = Timing(
+            compile_seconds=compiled - started,
+            prefill_seconds=prefilled - compiled,
+            decode_seconds=decoded - prefilled,
+            positions=sum(len(r.text) for r in results),
+            patches=sum(len(r.patches) for r in results),
+        )
+        return results, timing
+
+    def _stored(self, path: Any, x: Array) -> Array:
+        """A parameter in the dtype that it is used in. Norms compute in float32, so their scales stay as they are."""
+        is_norm = any(str(getattr(key, "key", "")).startswith("norm") for key in path)
+        return jnp.asarray(x) if is_norm else jnp.asarray(x, self.compute.dtype)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Requests to arrays and back
+
+    def _check(self, request: Request, name: str) -> None:
+        c, prompt = self.config, request.prompt
+
+        def require(condition: bool, setting: str, expected: str) -> None:
+            if not condition:
+                raise ConfigError(f"{name}: {setting}: expected {expected}")
+
+        text, patches = np.asarray(prompt.text), np.asarray(prompt.patches)
+        require(text.ndim == 1 and len(text) > 0, "prompt.text", "at least one position")
+        require(text.min() >= 0 and text.max() < c.vocab_size, "prompt.text", f"ids in 0..{c.vocab_size - 1}")
+        shape = (int((text == c.empty_id).sum()), c.group_size, c.num_channels)
+        require(
+            patches.shape == shape,
+            "prompt.patches",
+            f"shape {shape} (one patch for each <|empty|>), got {patches.shape}",
+        )
+        for r, size in enumerate(c.codebook_sizes):
+            codes = patches[..., r]
+            require(
+                codes.size == 0 or 0 <= codes.min() <= codes.max() < size,
+                "prompt.patches",
+                f"codes of channel {r} in 0..{size - 1}",
+            )
+        require(request.max_new > 0, "max_new", "a positive number of positions")
+        require(0 <= request.min_new <= request.max_new, "min_new", f"0..max_new ({request.max_new})")
+        drawn = set(range(self.text_vocab_size) if request.allowed_ids is None else request.allowed_ids)
+        for setting, ids in (("allowed_ids", drawn), ("stop_ids", set(request.stop_ids))):
+            require(all(0 <= i < c.vocab_size for i in ids), setting, f"ids in 0..{c.vocab_size - 1}")
+        require(bool(drawn), "allowed_ids", "at least one id")
+        require(
+            request.min_new == 0 or bool(drawn - set(request.stop_ids)),
+            "allowed_ids",
+            "an id that does not stop, for min_new",
+        )
+        require(0 <= request.seed < 2**32, "seed", "an integer in 0..2^32-1")
+
+    def _batch(self, requests: Sequence[Request]) -> tuple[_Batch, int]:
+        c, B = self.config, len(requests)
+        P = _round_up(max(len(r.prompt.text) for r in requests))
+        C = max(len(r.prompt.patches) for r in requests)
+        C = min(P, _round_up(C)) if C else 0
+        text_BP = np.zeros((B, P), np.int32)
+        patches_BCGR = np.zeros((B, C, c.group_size, c.num_channels), np.int32)
+        patch_positions_BC = np.full((B, C), P, np.int32)
+        removed_BV = np.zeros((B, c.vocab_size), bool)
+        removed_BV[:, self.text_vocab_size :] = True
+        stops_BV = np.zeros((B, c.vocab_size), bool)
+        for b, request in enumerate(requests):
+            text, patches = np.asarray(request.prompt.text), np.asarray(request.prompt.patches)
+            text_BP[b, : len(text)] = text
+            patches_BCGR[b, : len(patches)] = patches
+            patch_positions_BC[b, : len(patches)] = np.flatnonzero(text == c.empty_id)
+            if request.allowed_ids is not None:
+                removed_BV[b] = True
+                removed_BV[b, list(request.allowed_ids)] = False
+            stops_BV[b, list(request.stop_ids)] = True
+        batch = _Batch(
+            text_BP=text_BP,
+            patches_BCGR=patches_BCGR,
+            patch_positions_BC=patch_positions_BC,
+            lengths_B=np.asarray([len(r.prompt.text) for r in requests], np.int32),
+            max_new_B=np.asarray([r.max_new for r in requests], np.int32),
+            min_new_B=np.asarray([r.min_new for r in requests], np.int32),
+            removed_BV=removed_BV,
+            stops_BV=stops_BV,
+            seeds_B=np.asarray([r.seed for r in requests], np.uint32),
+            text=sampling_params([r.text_sampling for r in requests]),
+            patch=sampling_params([r.patch_sampling for r in requests]),
+        )
+        return jax.device_put(batch), _round_up(max(r.max_new for r in requests))
+
+    def _result(self, end: _Output, b: int) -> Generated:
+        text = end.text_BN[b, : end.counts_B[b]]
+        patches = end.patches_BNGR[b, : end.counts_B[b]][text == self.config.empty_id]
+        return Generated(text=text, patches=patches, stop_id=int(text[-1]) if end.stopped_B[b] else None)
+
+    def _compiled(self, batch: _Batch, new: int) -> tuple[Any, Any]:
+        key = (batch.text_BP.shape, batch.patches_BCGR.shape, new)
+        if key not in self._programs:
+            prefill = jax.jit(self._prefill, static_argnums=2).lower(self.params, batch, new).compile()
+            h_BD, cache = jax.eval_shape(lambda p, b: self._prefill(p, b, new), self.params, batch)
+            decode = jax.jit(self._decode, static_argnums=4, donate_argnums=3).lower(
+                self.params, batch, h_BD, cache, new
+            )
+            self._programs[key] = (prefill, decode.compile())
+        return self._programs[key]
+
+    # ------------------------------------------------------------------------------------------------------
+    # The two programs
+
+    def _apply(self, params: Any, method: Any, *arguments: Any, **keywords: Any) -> Any:
+        return self._model.apply({"params": params}, *arguments, method=method, **keywords)
+
+    def _prefill(self, params: Any, batch: _Batch, new: int) -> tuple[Array, KVCache]:
+        """Runs the prompts; returns the hidden state after each prompt's last position, and the cache."""
+        B, P = batch.text_BP.shape
+        x_BPD = self._apply(params, AudioLM.embed, batch.text_BP, batch.patches_BCGR, batch.patch_positions_BC)
+        cache = KVCache.zeros(self.config.llm, B, P + new, x_BPD.dtype)
+        valid_BP = jnp.arange(P) < batch.lengths_B[:, None]
+        h_BPD, cache = self._apply(params, AudioLM.hidden, x_BPD, cache=cache, cache_valid_BL=valid_BP)
+        h_BD = jnp.take_along_axis(h_BPD, (batch.lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        return h_BD, cache
+
+    def _decode(self, params: Any, batch: _Batch, h_BD: Array, cache: KVCache, new: int) -> tuple[_Output, KVCache]:
+        """Generates until every request has stopped or has its `max_new` positions. `h_BD` predicts the first one.
+
+        The cache is returned so that the loop can work in the memory of the one it was given.
+        """
+        c, B = self.config, h_BD.shape[0]
+        request_keys_B = jax.vmap(jax.random.key)(batch.seeds_B)
+        patch_shape = (c.group_size, c.num_channels)
+
+        def body(carry: tuple[Array, Array, KVCache, _Output]) -> tuple[Array, Array, KVCache, _Output]:
+            position, h_BD, cache, out = carry
+            keys_B = jax.vmap(jax.random.fold_in, (0, None))(request_keys_B, position)
+            removed_BV = batch.removed_BV | (batch.stops_BV & (out.counts_B < batch.min_new_B)[:, None])
+            ids_B = sample(keys_B, self._apply(params, AudioLM.text_head, h_BD), batch.text, removed_BV)
+            is_patch_B = (ids_B == c.empty_id) & ~out.done_B
+            text_x_BD = self._apply(params, AudioLM.embed_text, ids_B[:, None])[:, 0]
+
+            def patch() -> tuple[Array, Array]:
+                patches_BGR = decode_patches(self._model, params, h_BD, keys_B, batch.patch)
+                return patches_BGR, self._apply(params, AudioLM.embed_patches, patches_BGR)
+
+            nothing = jnp.zeros((B, *patch_shape), jnp.int32), text_x_BD
+            patches_BGR, patch_x_BD = jax.lax.cond(jnp.any(is_patch_B), patch, lambda: nothing)
+            x_BD = jnp.where(is_patch_B[:, None], patch_x_BD, text_x_BD)
+
+            counts_B = out.counts_B + ~out.done_B
+            is_stop_B = jnp.take_along_axis(batch.stops_BV, ids_B[:, None], axis=1)[:, 0]
+            stopped_B = out.stopped_B | (is_stop_B & ~out.done_B)
+            update = jax.lax.dynamic_update_slice_in_dim
+            out = _Output(
+                counts_B=counts_B,
+                done_B=out.done_B | stopped_B | (counts_B >= batch.max_new_B),
+                stopped_B=stopped_B,
+                text_BN=update(out.text_BN, ids_B[:, None], position, axis=1),
+                patches_BNGR=update(out.patches_BNGR, patches_BGR[:, None], position, axis=1),
+            )
+            # Finished requests run along, but their caches do not grow, so nothing is written beyond the last slot.
+            valid_B1 = ~out.done_B[:, None]
+            h_B1D, cache = self._apply(params, AudioLM.hidden, x_BD[:, None], cache=cache, cache_valid_BL=valid_B1)
+            return position + 1, h_B1D[:, 0], cache, out
+
+        out = _Output(
+            counts_B=jnp.zeros(B, jnp.int32),
+            done_B=jnp.zeros(B, bool),
+            stopped_B=jnp.zeros(B, bool),
+            text_BN=jnp.zeros((B, new), jnp.int32),
+            patches_BNGR=jnp.zeros((B, new, *patch_shape), jnp.int32),
+        )
+        start = (jnp.int32(0), h_BD, cache, out)
+        _, _, cache, out = jax.lax.while_loop(lambda carry: ~jnp.all(carry[3].done_B), body, start)
+        return out, cache
+
+
+def decode_patches(model: AudioLM, params: Any, h_BD: Array, keys_B: Array, sampling: SamplingParams) -> Array:
+    """Writes the next patch of each request.
+
+    Args:
+        model: the language model, and its parameters.
+        h_BD: LLM hidden state of the position before the patch.
+        keys_B: one key per request; step t draws from `fold_in(key, t + 1)`, so that the key itself stays free.
+        sampling: sampler of each request; the "empty" id of a channel is never drawn.
+
+    Returns:
+        int32 codes [B, G, R].
+    """
+    c = model.config
+    B, R = h_BD.shape[0], c.num_channels
+
+    def apply(method: Any, *arguments: Any) -> Any:
+        return model.apply({"params": params}, *arguments, method=method)
+
+    def step(carry: tuple[Array, KVCache, Array], t: Array) -> tuple[tuple[Array, KVCache, Array], None]:
+        x_BP, cache, patches_BGR = carry
+        logits_R, cache = apply(AudioLM.patch_decoder_step, x_BP, cache)
+        keys_BR = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, t + 1), R))(keys_B)
+        codes_BR = _draw_channels(logits_R, keys_BR, sampling)
+        is_frame_GR = jnp.arange(c.group_size)[:, None] == t - jnp.array(c.delays)
+        patches_BGR = jnp.where(is_frame_GR, codes_BR[:, None], patches_BGR)
+        return (apply(AudioLM.embed_codes, codes_BR, active_channels(c, t)), cache, patches_BGR), None
+
+    x_BP = apply(AudioLM.start_patch, h_BD)
+    cache = KVCache.zeros(c.patch_decoder, B, c.num_steps, x_BP.dtype)
+    patches_BGR = jnp.zeros((B, c.group_size, R), jnp.int32)
+    (_, _, patches_BGR), _ = jax.lax.scan(step, (x_BP, cache, patches_BGR), jnp.arange(c.num_steps))
+    return patches_BGR
+
+
+def _draw_channels(logits_R: Sequence[Array], keys_BR: Array, sampling: SamplingParams) -> Array:
+    """Draws int32 codes [B, R]; channels with vocabularies of one size are drawn together."""
+    B = keys_BR.shape[0]
+    codes: list[Array | None] = [None] * len(logits_R)
+    sizes = [logits.shape[-1] for logits in logits_R]
+    for size in sorted(set(sizes)):
+        channels = [r for r, n in enumerate(sizes) if n == size]
+        logits = jnp.stack([logits_R[r] for r in channels], axis=1).reshape(B * len(channels), size)
+        params = SamplingParams(*(jnp.repeat(x, len(channels)) for x in sampling))
+        is_empty = jnp.arange(size)[None] == size - 1
+        drawn = sample(keys_BR[:, np.array(channels)].reshape(-1), logits, params, is_empty).reshape(B, -1)
+        for i, r in enumerate(channels):
+            codes[r] = drawn[:, i]
+    return jnp.stack([x for x in codes if x is not None], axis=1)
+
+
+def _round_up(n: int) -> int:
+    """The size that lengths up to it share: multiples of 32, from 512 on of an eighth of the power of two below."""
+    step = 32 if n <= 512 else 1 << (n.bit_length() - 4)
+    return -(-n // step) * step

@@ -1,0 +1,92 @@
+"""Samplers: the published rules, number by number, and draws that a request's neighbours cannot change."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mimo_jax.config import ConfigError
+from mimo_jax.generation.sampling import GREEDY, SamplingConfig, process_logits, sample, sampling_params
+
+
+def _golden(parity_dir):
+    inputs = np.load(parity_dir / "sampler" / "inputs.npz")
+    expected = np.load(parity_dir / "sampler" / "expected.npz")
+    for number, setting in enumerate(json.loads(str(inputs["meta"]))):
+        config = SamplingConfig(
+            temperature=1.0 if setting["temperature"] is None else setting["temperature"],
+            top_k=setting["top_k"] or 0,
+            top_p=setting["top_p"] or 0.0,
+        )
+        name = f"setting{number:02d}"
+        golden = {k: expected[f"{name}/{k}"] for k in ("processed", "probs_after_removed", "greedy_token")}
+        yield name, inputs[setting["logits"]], config, setting["removed"], golden
+
+
+def _removed(size, ids):
+    return np.isin(np.arange(size), ids)[None]
+
+
+def test_processed_scores_and_probabilities_are_the_published_ones(parity_dir):
+    for name, logits, config, removed, golden in _golden(parity_dir):
+        processed = np.asarray(process_logits(jnp.asarray(logits)[None], sampling_params([config])))[0]
+        np.testing.assert_array_equal(np.isneginf(processed), np.isneginf(golden["processed"]), err_msg=name)
+        kept = np.isfinite(processed)
+        np.testing.assert_allclose(processed[kept], golden["processed"][kept], atol=1e-5, rtol=1e-6, err_msg=name)
+        processed = np.where(_removed(len(logits), removed)[0], -np.inf, processed)
+        probabilities = np.asarray(jax.nn.softmax(jnp.asarray(processed)))
+        np.testing.assert_allclose(probabilities, golden["probs_after_removed"], atol=1e-6, err_msg=name)
+
+
+def test_greedy_ids_are_the_published_ones(parity_dir):
+    for name, logits, _, removed, golden in _golden(parity_dir):
+        key = jax.random.split(jax.random.key(0), 1)
+        token = sample(key, jnp.asarray(logits)[None], sampling_params([GREEDY]), _removed(len(logits), removed))
+        assert int(token[0]) == int(golden["greedy_token"]), name
+
+
+def test_draws_follow_the_processed_distribution():
+    logits = jnp.asarray([2.0, 1.0, 0.0, -1.0, 3.0, -30.0])
+    config = SamplingConfig(temperature=0.8, top_k=4, top_p=0.97)
+    removed = _removed(6, [4])
+    draws = 20_000
+    keys = jax.random.split(jax.random.key(1), draws)
+    tokens = sample(keys, jnp.tile(logits, (draws, 1)), sampling_params([config] * draws), removed)
+    share = np.bincount(np.asarray(tokens), minlength=6) / draws
+    processed = np.asarray(process_logits(logits[None], sampling_params([config])))[0]
+    expected = np.asarray(jax.nn.softmax(jnp.where(removed[0], -jnp.inf, processed)))
+    np.testing.assert_allclose(share, expected, atol=0.015)
+    assert share[[3, 4, 5]].tolist() == [0, 0, 0]
+
+
+def test_top_k_keeps_every_tie_of_the_kth_score():
+    logits = jnp.asarray([[1.0, 2.0, 2.0, 3.0, 2.0, 0.0]])
+    kept = np.isfinite(np.asarray(process_logits(logits, sampling_params([SamplingConfig(top_k=2)]))))[0]
+    assert kept.tolist() == [False, True, True, True, True, False]
+
+
+def test_settings_of_one_request_do_not_touch_another():
+    logits = jax.random.normal(jax.random.key(2), (3, 50))
+    configs = [GREEDY, SamplingConfig(0.7, top_k=5), SamplingConfig(1.3, top_p=0.8)]
+    keys = jax.random.split(jax.random.key(3), 3)
+    together = sample(keys, logits, sampling_params(configs))
+    alone = [sample(keys[i : i + 1], logits[i : i + 1], sampling_params(configs[i : i + 1]))[0] for i in range(3)]
+    assert together.tolist() == [int(x) for x in alone]
+    assert int(together[0]) == int(jnp.argmax(logits[0]))
+
+
+def test_removing_the_whole_nucleus_takes_the_best_remaining_id():
+    logits = jnp.asarray([[9.0, 1.0, 2.0, 0.0]])
+    config = sampling_params([SamplingConfig(temperature=1.0, top_k=1)])
+    assert sample(jax.random.split(jax.random.key(0), 1), logits, config, _removed(4, [0])).tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=1.5), dict(top_p=-0.1)],
+)
+def test_impossible_settings_are_refused_by_name(values):
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        SamplingConfig(**values)

@@ -1,0 +1,25 @@
+"""What identifies an audio tokenizer: all that its codes depend on, and nothing else."""
+
+import jax
+from generation.small_speech import AUDIO, audio_variables
+
+from mimo_jax.models.tokenizer.codec import Codec
+
+
+def fingerprint(params=None, codebook=None, **settings):
+    variables = audio_variables()
+    return Codec(AUDIO, params or variables["params"], codebook or variables["codebook"], **settings).fingerprint
+
+
+def test_the_fingerprint_changes_with_encoder_codebook_and_segments_but_not_with_the_decoder():
+    variables = audio_variables()
+
+    def changed(part):
+        return {**variables["params"], part: jax.tree.map(lambda x: x + 1, variables["params"][part])}
+
+    start = fingerprint()
+    assert len(start) == 16 and start == fingerprint()
+    assert fingerprint(params=changed("decoder")) == start and fingerprint(params=changed("vocoder")) == start
+    assert fingerprint(params=changed("encoder")) != start
+    assert fingerprint(codebook=jax.tree.map(lambda x: x * 2, variables["codebook"])) != start
+    assert fingerprint(segment_seconds=30.0) != start
