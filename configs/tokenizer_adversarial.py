@@ -15,8 +15,8 @@ from mimo_jax.config import (
     DiscriminatorConfig,
     MeshConfig,
     RunConfig,
-    to_config_dict,
 )
+from mimo_jax.config_files import to_config_dict
 
 
 def get_config(size: str | None = None) -> ConfigDict:

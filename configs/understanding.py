@@ -23,8 +23,8 @@ from mimo_jax.config import (
     OptimizerConfig,
     RunConfig,
     SourceConfig,
-    to_config_dict,
 )
+from mimo_jax.config_files import to_config_dict
 
 
 def get_config(size: str | None = None) -> ConfigDict:

@@ -23,8 +23,8 @@ from mimo_jax.config import (
     JobConfig,
     LMTrainConfig,
     TokenizerTrainConfig,
-    load_config,
 )
+from mimo_jax.config_files import load_config
 
 if TYPE_CHECKING:
     from mimo_jax.generation.app import AppTiming, GenerationSettings, SpeechModel, SpeechOutput

@@ -1,9 +1,6 @@
 """Every setting of the stack, as frozen dataclasses: the single source of truth.
 
-Config files (`configs/*.py`) build these dataclasses and hand them out as `ml_collections.ConfigDict`
-(`to_config_dict`), so that `--config=FILE:SIZE --config.a.b=value` works; `from_config_dict` turns the
-edited ConfigDict back into the dataclass, refusing unknown keys, wrong types and impossible values by name
-before anything is compiled. `docs/configuration.md` shows the usage.
+`config_files` reads and writes them: config files, command-line overrides, JSON.
 
 Symbols: B batch, L sequence positions, C patches of a row, G frames of a patch, R RVQ channels of the language
 model, T mel frames (100 Hz), M RVQ frames (25 Hz), S samples (24 kHz).
@@ -12,27 +9,18 @@ model, T mel frames (100 Hz), M RVQ frames (25 Hz), S samples (24 kHz).
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
-import importlib.machinery
-import json
 import math
-import os
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import ml_collections
-from ml_collections import config_dict as _config_dict
+from typing import Literal
 
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, or impossible. The message names the setting."""
 
 
-def _require(condition: bool, setting: str, expected: str, got: object) -> None:
+def require(condition: bool, setting: str, expected: str, got: object) -> None:
+    """Raises ConfigError, naming the setting, unless the condition holds."""
     if not condition:
         raise ConfigError(f"{setting}: expected {expected}, got {got!r}")
 
@@ -69,26 +57,69 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers", "num_heads", "head_dim", "d_ff", "num_kv_heads"):
-            _require(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
-        _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of num_heads {self.num_heads}", self.num_kv_heads)
-        _require(self.head_dim % 2 == 0, "head_dim", "an even number (rotary embedding)", self.head_dim)
-        _require(len(self.window) == 2 and min(self.window) >= -1, "window", "(left, right), each >= -1", self.window)
+            require(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            f"a divisor of num_heads {self.num_heads}",
+            self.num_kv_heads,
+        )
+        require(self.head_dim % 2 == 0, "head_dim", "an even number (rotary embedding)", self.head_dim)
+        require(len(self.window) == 2 and min(self.window) >= -1, "window", "(left, right), each >= -1", self.window)
 
     @staticmethod
-    def qwen2(d_model: int, num_layers: int, num_heads: int, head_dim: int, d_ff: int, num_kv_heads: int | None = None,
-              causal: bool = True, rope_theta: float = 640_000.0) -> TransformerConfig:
+    def qwen2(
+        d_model: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        d_ff: int,
+        num_kv_heads: int | None = None,
+        causal: bool = True,
+        rope_theta: float = 640_000.0,
+    ) -> TransformerConfig:
         """A stack of Qwen2 blocks (LLM, patch encoder, patch decoder, A2T decoder)."""
-        return TransformerConfig(d_model=d_model, num_layers=num_layers, num_heads=num_heads, head_dim=head_dim, d_ff=d_ff,
-                                 num_kv_heads=num_kv_heads or num_heads, causal=causal, rope_theta=rope_theta)
+        return TransformerConfig(
+            d_model=d_model,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            d_ff=d_ff,
+            num_kv_heads=num_kv_heads or num_heads,
+            causal=causal,
+            rope_theta=rope_theta,
+        )
 
     @staticmethod
-    def codec(d_model: int, num_layers: int, num_heads: int, d_ff: int, causal: bool,
-              window: tuple[int, int] = (-1, -1), norm: Literal["layernorm", "rmsnorm"] = "layernorm") -> TransformerConfig:
+    def codec(
+        d_model: int,
+        num_layers: int,
+        num_heads: int,
+        d_ff: int,
+        causal: bool,
+        window: tuple[int, int] = (-1, -1),
+        norm: Literal["layernorm", "rmsnorm"] = "layernorm",
+    ) -> TransformerConfig:
         """A stack of the audio tokenizer's blocks: LayerNorm, GELU, q/v/out biased and k not, theta 10000."""
-        return TransformerConfig(d_model=d_model, num_layers=num_layers, num_heads=num_heads, head_dim=d_model // num_heads,
-                                 d_ff=d_ff, num_kv_heads=num_heads, causal=causal, norm=norm,
-                                 norm_eps=1e-5 if norm == "layernorm" else 1e-6, mlp="gelu", mlp_bias=True, q_bias=True,
-                                 k_bias=False, v_bias=True, out_bias=True, window=window, rope_theta=10_000.0)
+        return TransformerConfig(
+            d_model=d_model,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            head_dim=d_model // num_heads,
+            d_ff=d_ff,
+            num_kv_heads=num_heads,
+            causal=causal,
+            norm=norm,
+            norm_eps=1e-5 if norm == "layernorm" else 1e-6,
+            mlp="gelu",
+            mlp_bias=True,
+            q_bias=True,
+            k_bias=False,
+            v_bias=True,
+            out_bias=True,
+            window=window,
+            rope_theta=10_000.0,
+        )
 
     def params_per_layer(self) -> int:
         """Parameters of one block."""
@@ -133,10 +164,12 @@ class MelConfig:
     floor: float = 1e-7
 
     def __post_init__(self) -> None:
-        _require(0 < self.win_length <= self.n_fft, "win_length", f"1..n_fft ({self.n_fft})", self.win_length)
-        _require(0 < self.hop_length <= self.win_length, "hop_length", f"1..win_length ({self.win_length})", self.hop_length)
+        require(0 < self.win_length <= self.n_fft, "win_length", f"1..n_fft ({self.n_fft})", self.win_length)
+        require(
+            0 < self.hop_length <= self.win_length, "hop_length", f"1..win_length ({self.win_length})", self.hop_length
+        )
         top = self.sample_rate / 2 if self.f_max is None else self.f_max
-        _require(0 <= self.f_min < top <= self.sample_rate / 2, "f_max", "f_min < f_max <= sample_rate / 2", self.f_max)
+        require(0 <= self.f_min < top <= self.sample_rate / 2, "f_max", "f_min < f_max <= sample_rate / 2", self.f_max)
 
 
 @dataclass(frozen=True)
@@ -163,10 +196,17 @@ class RVQConfig:
     dropout_probability: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(len(self.codebook_sizes) > 0 and min(self.codebook_sizes) > 1, "codebook_sizes", "sizes > 1", self.codebook_sizes)
-        _require(max(self.codebook_sizes) <= 65_535, "codebook_sizes", "sizes that fit uint16", max(self.codebook_sizes))
-        _require(0 < self.ema_decay < 1, "ema_decay", "a number in (0, 1)", self.ema_decay)
-        _require(0 <= self.dropout_probability <= 1, "dropout_probability", "a number in [0, 1]", self.dropout_probability)
+        require(
+            len(self.codebook_sizes) > 0 and min(self.codebook_sizes) > 1,
+            "codebook_sizes",
+            "sizes > 1",
+            self.codebook_sizes,
+        )
+        require(max(self.codebook_sizes) <= 65_535, "codebook_sizes", "sizes that fit uint16", max(self.codebook_sizes))
+        require(0 < self.ema_decay < 1, "ema_decay", "a number in (0, 1)", self.ema_decay)
+        require(
+            0 <= self.dropout_probability <= 1, "dropout_probability", "a number in [0, 1]", self.dropout_probability
+        )
 
     @property
     def num_levels(self) -> int:
@@ -190,11 +230,21 @@ class AudioTokenizerConfig:
     pool: int = 2
 
     def __post_init__(self) -> None:
-        _require(self.encoder.d_model == self.decoder.d_model, "decoder.d_model", f"encoder.d_model ({self.encoder.d_model})", self.decoder.d_model)
+        require(
+            self.encoder.d_model == self.decoder.d_model,
+            "decoder.d_model",
+            f"encoder.d_model ({self.encoder.d_model})",
+            self.decoder.d_model,
+        )
         if self.encoder_skip_layer is not None:
-            _require(1 <= self.encoder_skip_layer < self.encoder.num_layers, "encoder_skip_layer", f"1..{self.encoder.num_layers - 1}", self.encoder_skip_layer)
-        _require(self.stem_stride == 2, "stem_stride", "2", self.stem_stride)
-        _require(self.pool in (1, 2), "pool", "1 or 2", self.pool)
+            require(
+                1 <= self.encoder_skip_layer < self.encoder.num_layers,
+                "encoder_skip_layer",
+                f"1..{self.encoder.num_layers - 1}",
+                self.encoder_skip_layer,
+            )
+        require(self.stem_stride == 2, "stem_stride", "2", self.stem_stride)
+        require(self.pool in (1, 2), "pool", "1 or 2", self.pool)
 
     @property
     def mel_frames_per_code(self) -> int:
@@ -229,10 +279,20 @@ class AudioTokenizerConfig:
         """Forward FLOPs of encoding and decoding one RVQ frame of a clip of `num_codes` frames."""
         d, n_mels, v = self.encoder.d_model, self.mel.n_mels, self.vocoder.d_model
         mid, mel = self.pool, self.mel_frames_per_code
-        encoder = mel * 6.0 * n_mels * d + mid * (6.0 * d * d + self.encoder.flops_per_position(num_codes * mid)) + 2.0 * mid * d * d
+        encoder = (
+            mel * 6.0 * n_mels * d
+            + mid * (6.0 * d * d + self.encoder.flops_per_position(num_codes * mid))
+            + 2.0 * mid * d * d
+        )
         rvq = 2.0 * sum(self.rvq.codebook_sizes) * d
-        decoder = 2.0 * mid * d * d + mid * self.decoder.flops_per_position((num_codes * mid + 1) / 2) + mid * 6.0 * d * n_mels
-        vocoder = mel * (2.0 * n_mels * v + self.vocoder.flops_per_position(num_codes * mel) + 2.0 * v * (self.mel.n_fft + 2))
+        decoder = (
+            2.0 * mid * d * d
+            + mid * self.decoder.flops_per_position((num_codes * mid + 1) / 2)
+            + mid * 6.0 * d * n_mels
+        )
+        vocoder = mel * (
+            2.0 * n_mels * v + self.vocoder.flops_per_position(num_codes * mel) + 2.0 * v * (self.mel.n_fft + 2)
+        )
         return encoder + rvq + decoder + vocoder
 
 
@@ -271,11 +331,18 @@ class AudioLMConfig:
     delays: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.empty_id < self.vocab_size, "empty_id", f"an id below vocab_size {self.vocab_size}", self.empty_id)
-        _require(len(self.delays) == len(self.codebook_sizes), "delays", f"one delay for each of {len(self.codebook_sizes)} channels", self.delays)
-        _require(min(self.delays) == 0, "delays", "a smallest delay of 0", self.delays)
-        _require(self.group_size > 0, "group_size", "a positive integer", self.group_size)
-        _require(self.llm.causal and self.patch_decoder.causal, "causal", "causal LLM and patch decoder", False)
+        require(
+            0 <= self.empty_id < self.vocab_size, "empty_id", f"an id below vocab_size {self.vocab_size}", self.empty_id
+        )
+        require(
+            len(self.delays) == len(self.codebook_sizes),
+            "delays",
+            f"one delay for each of {len(self.codebook_sizes)} channels",
+            self.delays,
+        )
+        require(min(self.delays) == 0, "delays", "a smallest delay of 0", self.delays)
+        require(self.group_size > 0, "group_size", "a positive integer", self.group_size)
+        require(self.llm.causal and self.patch_decoder.causal, "causal", "causal LLM and patch decoder", False)
 
     @property
     def num_channels(self) -> int:
@@ -302,7 +369,7 @@ class AudioLMConfig:
         """LLM with its embedding and head: 7,622,619,136 at the published sizes."""
         return 2 * self.vocab_size * self.llm.d_model + self.llm.num_params()
 
-    def flops_per_position(self, length: int, patch_fraction: float, generate: bool = True) -> float:
+    def flops_per_position(self, length: float, patch_fraction: float, generate: bool = True) -> float:
         """Forward FLOPs of one position of a document of `length` positions, a share of which are patches.
 
         Args:
@@ -332,7 +399,7 @@ class DiscriminatorConfig:
     stft_channels: int = 32
 
     def __post_init__(self) -> None:
-        _require(min(self.periods + self.stft_sizes + self.period_channels) > 0, "discriminator", "positive sizes", self)
+        require(min(self.periods + self.stft_sizes + self.period_channels) > 0, "discriminator", "positive sizes", self)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -368,8 +435,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(sum(s == -1 for s in sizes) <= 1, "mesh", "at most one axis of -1", sizes)
-        _require(all(s == -1 or s > 0 for s in sizes), "mesh", "positive axis sizes or -1", sizes)
+        require(sum(s == -1 for s in sizes) <= 1, "mesh", "at most one axis of -1", sizes)
+        require(all(s == -1 or s > 0 for s in sizes), "mesh", "positive axis sizes or -1", sizes)
 
 
 @dataclass(frozen=True)
@@ -386,8 +453,8 @@ class OptimizerConfig:
     final_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(0 <= self.warmup_fraction < 1, "warmup_fraction", "a number in [0, 1)", self.warmup_fraction)
-        _require(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]", self.final_fraction)
+        require(0 <= self.warmup_fraction < 1, "warmup_fraction", "a number in [0, 1)", self.warmup_fraction)
+        require(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]", self.final_fraction)
 
 
 @dataclass(frozen=True)
@@ -409,8 +476,16 @@ class RunConfig:
     data_threads: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
-            _require(getattr(self, name) > 0, f"run.{name}", "a positive integer", getattr(self, name))
+        for name in (
+            "steps",
+            "accumulation",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_bad_steps",
+        ):
+            require(getattr(self, name) > 0, f"run.{name}", "a positive integer", getattr(self, name))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -431,7 +506,7 @@ class LayoutWeights:
 
     def __post_init__(self) -> None:
         values = dataclasses.asdict(self)
-        _require(all(v >= 0 for v in values.values()), "layouts", "non-negative weights", values)
+        require(all(v >= 0 for v in values.values()), "layouts", "non-negative weights", values)
 
 
 @dataclass(frozen=True)
@@ -443,7 +518,7 @@ class SourceConfig:
     layouts: LayoutWeights
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, "weight", "a non-negative number", self.weight)
+        require(self.weight >= 0, "weight", "a non-negative number", self.weight)
 
 
 @dataclass(frozen=True)
@@ -458,7 +533,8 @@ class LMDataConfig:
         row_length: positions L of a row.
         row_patches: patch budget C of a row (0 for text-only data).
         block_documents: documents that are permuted, mixed and packed together.
-        target_conditioning: whether the conditioning side of ASR, TTS, caption and instruct-TTS documents is a target too.
+        target_conditioning: whether the conditioning side of ASR, TTS, caption and instruct-TTS documents is a
+            target too.
     """
 
     sources: Mapping[str, SourceConfig]
@@ -471,9 +547,14 @@ class LMDataConfig:
     target_conditioning: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.rows > 0, "data.rows", "a positive integer", self.rows)
-        _require(0 <= self.row_patches <= self.row_length, "data.row_patches", f"0..row_length ({self.row_length})", self.row_patches)
-        _require(self.block_documents > 0, "data.block_documents", "a positive integer", self.block_documents)
+        require(self.rows > 0, "data.rows", "a positive integer", self.rows)
+        require(
+            0 <= self.row_patches <= self.row_length,
+            "data.row_patches",
+            f"0..row_length ({self.row_length})",
+            self.row_patches,
+        )
+        require(self.block_documents > 0, "data.block_documents", "a positive integer", self.block_documents)
 
 
 @dataclass(frozen=True)
@@ -501,10 +582,10 @@ class AudioDataConfig:
     block_documents: int = 1024
 
     def __post_init__(self) -> None:
-        _require(self.rows > 0, "data.rows", "a positive integer", self.rows)
-        _require(self.row_codes > 1, "data.row_codes", "at least 2 RVQ frames", self.row_codes)
-        _require(self.row_text >= 0, "data.row_text", "a non-negative integer", self.row_text)
-        _require(self.max_seconds > 0, "data.max_seconds", "a positive number of seconds", self.max_seconds)
+        require(self.rows > 0, "data.rows", "a positive integer", self.rows)
+        require(self.row_codes > 1, "data.row_codes", "at least 2 RVQ frames", self.row_codes)
+        require(self.row_text >= 0, "data.row_text", "a non-negative integer", self.row_text)
+        require(self.max_seconds > 0, "data.max_seconds", "a positive number of seconds", self.max_seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -518,7 +599,8 @@ class TokenizerLossConfig:
     Attributes:
         mel_scale: `log` or `linear` magnitudes in the reconstruction loss.
         mel_reduction: `mean` or `sum` over bins (always a mean over frames).
-        a2t_reduction: `mean` over text tokens, or `sum` over the tokens of an utterance, as the report's equation has it.
+        a2t_reduction: `mean` over text tokens, or `sum` over the tokens of an utterance, as the report's equation
+            has it.
     """
 
     a2t_weight: float = 10.0
@@ -575,7 +657,7 @@ class LearningRates:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            _require(value >= 0, f"learning_rates.{name}", "a non-negative number", value)
+            require(value >= 0, f"learning_rates.{name}", "a non-negative number", value)
 
 
 @dataclass(frozen=True)
@@ -592,7 +674,7 @@ class LMLossConfig:
 
     def __post_init__(self) -> None:
         weights = (self.text_weight, *self.channel_weights)
-        _require(min(weights) >= 0 and sum(weights) > 0, "loss", "non-negative weights, not all zero", weights)
+        require(min(weights) >= 0 and sum(weights) > 0, "loss", "non-negative weights, not all zero", weights)
 
     @property
     def trains_audio(self) -> bool:
@@ -618,194 +700,30 @@ class LMTrainConfig:
     job: Literal["language_model"] = "language_model"
 
     def __post_init__(self) -> None:
-        _require(len(self.loss.channel_weights) == self.model.num_channels, "loss.channel_weights",
-                 f"one weight for each of {self.model.num_channels} channels", self.loss.channel_weights)
-        _require(self.data.rows % self.run.accumulation == 0, "run.accumulation", f"a divisor of data.rows ({self.data.rows})", self.run.accumulation)
+        require(
+            len(self.loss.channel_weights) == self.model.num_channels,
+            "loss.channel_weights",
+            f"one weight for each of {self.model.num_channels} channels",
+            self.loss.channel_weights,
+        )
+        require(
+            self.data.rows % self.run.accumulation == 0,
+            "run.accumulation",
+            f"a divisor of data.rows ({self.data.rows})",
+            self.run.accumulation,
+        )
         if self.loss.trains_audio:
-            _require(self.data.row_patches > 0, "data.row_patches", "a positive patch budget, since audio channels have loss weights", 0)
+            require(
+                self.data.row_patches > 0,
+                "data.row_patches",
+                "a positive patch budget, since audio channels have loss weights",
+                0,
+            )
 
 
-JOBS: dict[str, type] = {"tokenizer": TokenizerTrainConfig, "tokenizer_adversarial": AdversarialTrainConfig, "language_model": LMTrainConfig}
+JOBS: dict[str, type] = {
+    "tokenizer": TokenizerTrainConfig,
+    "tokenizer_adversarial": AdversarialTrainConfig,
+    "language_model": LMTrainConfig,
+}
 JobConfig = TokenizerTrainConfig | AdversarialTrainConfig | LMTrainConfig
-
-
-# ----------------------------------------------------------------------------------------------------------
-# ConfigDict <-> dataclass
-
-
-def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """Turns a dataclass into a ConfigDict of the same shape, for a config file to return."""
-    out = ml_collections.ConfigDict()
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            value = to_config_dict(value)
-        elif isinstance(value, Mapping):
-            value = ml_collections.ConfigDict({k: to_config_dict(v) for k, v in value.items()})
-        elif value is None:
-            value = _config_dict.placeholder(_optional_type(typing.get_type_hints(type(config))[f.name]))
-        out[f.name] = value
-    return out
-
-
-def _optional_type(hint: Any) -> type:
-    return next(a for a in typing.get_args(hint) if a is not type(None))
-
-
-def from_config_dict(values: ml_collections.ConfigDict | Mapping[str, Any]) -> JobConfig:
-    """Builds the job config that a config file or a checkpoint's parsed JSON describes (its `job` key says which).
-
-    Raises:
-        ConfigError: a key is unknown or missing, has the wrong type, or holds an impossible value.
-    """
-    if isinstance(values, ml_collections.ConfigDict):
-        values = values.to_dict()
-    job = values.get("job")
-    _require(job in JOBS, "config.job", f"one of {sorted(JOBS)}", job)
-    return build(JOBS[str(job)], values, "config")
-
-
-def build(cls: type, values: Mapping[str, Any], name: str) -> Any:
-    """Builds dataclass `cls` from nested mappings (a ConfigDict or parsed JSON); errors say which key of `name`."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{name}.{key}: unknown setting; known are {', '.join(sorted(known))}")
-    missing = [k for k, f in known.items() if k not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing:
-        raise ConfigError(f"{name}.{missing[0]}: this setting is missing")
-    try:
-        return cls(**{key: _convert(hints[key], values[key], f"{name}.{key}") for key in values})
-    except ConfigError as error:
-        message, group = str(error), name.rpartition(".")[2]
-        if message.startswith((f"{group}.", f"{group}:")):  # a group that names itself, as RunConfig does
-            message = name + message.removeprefix(group)
-        raise ConfigError(message if message.startswith(name) else f"{name}.{message}") from None
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name}: expected a group of settings, got {value!r}")
-        return build(typing.cast(type, hint), value, name)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(_optional_type(hint), value, name)
-    if origin is Literal:
-        _require(value in args, name, f"one of {', '.join(map(repr, args))}", value)
-        return value
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise ConfigError(f"{name}: expected a tuple, got {value!r}")
-        return tuple(_convert(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
-    if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name}: expected a group of settings, got {value!r}")
-        return {k: _convert(args[1], v, f"{name}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
-    if hint is float:
-        _require(math.isfinite(value), name, "a finite number", value)
-    return value
-
-
-def to_json(config: Any) -> str:
-    """Canonical JSON of a config dataclass (sorted keys): what checkpoints and manifests store."""
-    return json.dumps(dataclasses.asdict(config), sort_keys=True)
-
-
-def from_json(cls: type, text: str, name: str) -> Any:
-    """Reads a config dataclass written by `to_json`; `name` is the file, for the error."""
-    return build(cls, json.loads(text), name)
-
-
-def fingerprint(config: Any) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of a config's canonical JSON."""
-    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
-
-
-def load_config(spec: str, overrides: Sequence[str] = ()) -> JobConfig:
-    """Loads `FILE:SIZE` and applies `--config.a.b=value` overrides.
-
-    Args:
-        spec: path of a config file, and after a colon the argument for its `get_config`.
-        overrides: command-line flags that begin with `--config.`. A value is read as the type of its setting: `None`
-            for a setting that may be left out, `1,2,3` or `(1, 2, 3)` for a tuple, `true` or `false` for a switch.
-
-    Raises:
-        ConfigError: the file, a key or a value is wrong.
-    """
-    values = _load_config_file(spec)
-    job = str(values.get("job"))
-    _require(job in JOBS, "config.job", f"one of {sorted(JOBS)}", job)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not key.startswith("--config.") or not equals:
-            raise ConfigError(f"{override}: expected --config.KEY=VALUE")
-        _override(JOBS[job], values, key.removeprefix("--config.").split("."), text, "config")
-    return build(JOBS[job], values, "config")
-
-
-def _load_config_file(spec: str) -> dict[str, Any]:
-    """The nested dictionary that `get_config(SIZE)` of a config file describes."""
-    path, colon, argument = spec.rpartition(":")
-    if not colon:
-        path, argument = spec, ""
-    if not os.path.isfile(path):
-        raise ConfigError(f"--config={spec}: there is no file {path!r}; expected FILE:SIZE, as configs/joint.py:tiny")
-    try:
-        loader = importlib.machinery.SourceFileLoader("mimo_jax_config_file", path)
-        module = types.ModuleType(loader.name)
-        loader.exec_module(module)
-        values = module.get_config(argument) if argument else module.get_config()
-        return values.to_dict()
-    except ConfigError as error:
-        raise ConfigError(f"--config={spec}: {error}") from None
-    except Exception as error:
-        raise ConfigError(f"--config={spec}: the config file fails: {type(error).__name__}: {error}") from error
-
-
-def _override(hint: Any, values: dict[str, Any], path: list[str], text: str, name: str) -> None:
-    """Sets `path` below the group `values` (described by `hint`) to the value that `text` stands for."""
-    key, rest = path[0], path[1:]
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(hints))}"
-            raise ConfigError(f"{name}.{key}: unknown setting; {advice}")
-        inner = hints[key]
-    else:  # a mapping, such as data.sources: a new name starts a new group
-        inner = typing.get_args(hint)[1]
-    name = f"{name}.{key}"
-    is_group = dataclasses.is_dataclass(inner) or typing.get_origin(inner) is Mapping
-    if is_group and rest:
-        _override(inner, values.setdefault(key, {}), rest, text, name)
-    elif is_group:
-        raise ConfigError(f"{name}: this is a group of settings; set one of them, as in --{name}.KEY=VALUE")
-    elif rest:
-        raise ConfigError(f"{name}: this is a single setting, it has no {'.'.join(rest)}")
-    else:
-        values[key] = _parse(inner, text, name)
-
-
-def _parse(hint: Any, text: str, name: str) -> Any:
-    """Reads a command-line value as the type of its setting; `build` checks what it may be."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return None if text.lower() == "none" else _parse(_optional_type(hint), text, name)
-    if origin is tuple:
-        items = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
-        return [_parse(args[0], item.strip(), name) for item in items if item.strip()]
-    if hint is bool:
-        _require(text.lower() in ("true", "false"), name, "true or false", text)
-        return text.lower() == "true"
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            raise ConfigError(f"{name}: expected {'an integer' if hint is int else 'a number'}, got {text!r}") from None
-    return text

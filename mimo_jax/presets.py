@@ -12,6 +12,7 @@ from mimo_jax.config import (
     ComputeConfig,
     ConfigError,
     MelConfig,
+    RVQConfig,
     TransformerConfig,
 )
 
@@ -32,13 +33,13 @@ def check_size(size: str | None) -> str:
 def audio_tokenizer(size: str) -> AudioTokenizerConfig:
     """The audio tokenizer: 1.29 B parameters at `7b` (report section 2.1)."""
     d, layers, heads, d_ff = {
-        "tiny": (128, 4, 4, 512),
+        "tiny": (128, 4, 2, 384),
         "100m": (640, 10, 10, 2560),
         "1b": (1024, 24, 16, 4096),
         "7b": (1280, 32, 20, 5120),
     }[size]
     v, v_layers, v_heads, v_ff = {
-        "tiny": (128, 4, 4, 384),
+        "tiny": (96, 3, 2, 256),
         "100m": (256, 16, 16, 1024),
         "1b": (256, 16, 16, 1024),
         "7b": (256, 16, 16, 1024),
@@ -48,6 +49,8 @@ def audio_tokenizer(size: str) -> AudioTokenizerConfig:
         encoder=TransformerConfig.codec(d, layers, heads, d_ff, causal=False),
         decoder=TransformerConfig.codec(d, layers, heads, d_ff, causal=True),
         vocoder=TransformerConfig.codec(v, v_layers, v_heads, v_ff, causal=False, window=(40, 10)),
+        # A tiny batch has about as many vectors as the first codebook has entries: a threshold of 2 would call most dead.
+        rvq=RVQConfig(dead_code_threshold=0.2) if size == "tiny" else RVQConfig(),
         encoder_skip_layer=3,
     )
 
@@ -64,7 +67,7 @@ def a2t_decoder(size: str) -> A2TConfig:
 
 
 def audio_lm(size: str) -> AudioLMConfig:
-    """The audio language model: 8,018,587,648 parameters at `7b`, 7,622,619,136 of them the LLM (report section 2.2)."""
+    """The audio language model: 8,018,587,648 parameters at `7b`, of which 7,622,619,136 are the LLM (report, 2.2)."""
     vocab_size, empty_id = _VOCAB[size]
     t = TransformerConfig.qwen2
     llm, encoder, decoder = {
@@ -89,7 +92,9 @@ def audio_lm(size: str) -> AudioLMConfig:
             t(1024, 16, 64, 16, 4096),
         ),
     }[size]
-    return AudioLMConfig(vocab_size=vocab_size, empty_id=empty_id, llm=llm, patch_encoder=encoder, patch_decoder=decoder)
+    return AudioLMConfig(
+        vocab_size=vocab_size, empty_id=empty_id, llm=llm, patch_encoder=encoder, patch_decoder=decoder
+    )
 
 
 def compute(size: str) -> ComputeConfig:

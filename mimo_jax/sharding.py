@@ -69,8 +69,8 @@ def partition_spec(names: Sequence[str | None], parameter: str = "array") -> Par
     """Mesh axes of an array whose axes have these logical names.
 
     Raises:
-        ValueError: a name is not in `LOGICAL_RULES`, or two axes would be cut over the same mesh axis. The message names
-            the parameter and the axis.
+        ValueError: a name is not in `LOGICAL_RULES`, or two axes would be cut over the same mesh axis. The message
+            names the parameter and the axis.
     """
     entries: list[str | tuple[str, ...] | None] = []
     used: dict[str, str] = {}
@@ -111,7 +111,8 @@ def shardings(abstract_boxed_variables: Any, mesh: Mesh) -> Any:
             divisor = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
             if size % divisor:
                 raise ValueError(
-                    f"{parameter}: axis {name!r} of size {size} cannot be divided over mesh axis {entry!r} of size {divisor}"
+                    f"{parameter}: axis {name!r} of size {size} cannot be divided over "
+                    f"mesh axis {entry!r} of size {divisor}"
                 )
         return NamedSharding(mesh, spec)
 
@@ -130,7 +131,7 @@ def current_mesh() -> Any:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Cuts the leading axis over `data` and `fsdp` when a mesh is set and divides it; otherwise returns `x` as it is."""
+    """Cuts the leading axis over `data` and `fsdp` when a mesh is set and divides it; otherwise leaves `x` alone."""
     mesh = current_mesh()
     if mesh is None or x.shape[0] % int(np.prod([mesh.shape[a] for a in BATCH_AXES])):
         return x

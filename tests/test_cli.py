@@ -13,6 +13,7 @@ from generation import small_speech
 
 from mimo_jax import cli
 from mimo_jax import config as c
+from mimo_jax import config_files as files
 from mimo_jax.audio.files import AudioError, load_audio, save_wav
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training.checkpoint import CheckpointStore, make_meta
@@ -208,7 +209,7 @@ def test_printed_settings_can_be_given_back_as_overrides(capsys):
     settings = capsys.readouterr().out.split("\n\n")[0].splitlines()
     overrides = ["--" + line.replace(" = ", "=") for line in settings if not line.startswith("config.job")]
     assert len(overrides) > 60
-    assert c.load_config(JOINT, overrides) == c.load_config(JOINT, [])
+    assert files.load_config(JOINT, overrides) == files.load_config(JOINT, [])
 
 
 @pytest.mark.parametrize(("stage", "size"), [("tokenizer", "7b"), ("tokenizer_adversarial", "tiny"), ("text", "1b")])
@@ -216,8 +217,8 @@ def test_config_show_as_json_is_complete(capsys, stage, size):
     spec = f"{CONFIGS / stage}.py:{size}"
     assert run("config", "show", "--config", spec, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    config = c.load_config(spec, [])
-    assert c.from_config_dict(shown["config"]) == config
+    config = files.load_config(spec, [])
+    assert files.from_config_dict(shown["config"]) == config
     assert shown["derived"]["parameters"] == config.model.num_params()
     if stage == "tokenizer":
         assert shown["derived"]["bit/s, first 8 levels"] == 1550 and shown["derived"]["bit/s, all levels"] == 3650
@@ -367,8 +368,8 @@ def test_ingested_shards_can_be_indexed_and_shown(home, capsys, tmp_path):
     assert capsys.readouterr().out.count("records") == 2
     config = lm_config(home)
     (tmp_path / "job.py").write_text(
-        "import json\nfrom mimo_jax import config as c\n"
-        f"def get_config():\n    return c.to_config_dict(c.from_config_dict(json.loads({c.to_json(config)!r})))\n"
+        "import json\nfrom mimo_jax import config_files as files\n"
+        f"def get_config():\n    return files.to_config_dict(files.from_config_dict(json.loads({files.to_json(config)!r})))\n"
     )
     assert run("data", "show", "--config", tmp_path / "job.py", "--layout", "tts", "--rows", 1) == 0
     page = capsys.readouterr().out

@@ -29,6 +29,7 @@ LAYERS = (
     ("sharding",),
     ("audio", "text"),
     ("presets",),
+    ("config_files",),
     ("atomic", "config", "rows", "kernels"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,4 +1,4 @@
-"""Speaks with the espeak-ng library, in a process of its own: run as a script by `mimo_jax.audio.synth`, never imported.
+"""Speaks with the espeak-ng library, in a process of its own: `mimo_jax.audio.synth` runs this file, nobody imports it.
 
 espeak-ng is GPL-3.0; only this process loads it (through ctypes), and it talks to its parent by pipe. Every line of
 standard input is a JSON request `{"text", "voice", "rate", "pitch", "seed"}`. The answer is a JSON line

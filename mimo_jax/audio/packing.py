@@ -31,7 +31,7 @@ def slot_codes(num_samples: int, config: AudioTokenizerConfig) -> int:
 
 
 def reflect_pad(wav: np.ndarray, config: AudioTokenizerConfig) -> np.ndarray:
-    """Reflects n_fft / 2 samples at both ends of a clip, so that un-centred frames of the result are centred ones of the clip.
+    """Reflects n_fft / 2 samples at both ends of a clip: un-centred frames of the result are centred ones of the clip.
 
     Raises:
         ValueError: the clip is not one-dimensional, or empty.
@@ -104,9 +104,7 @@ def write_clip(
         ValueError: the clip is empty, or its slot does not fit in the row.
     """
     frames = num_mel_frames(len(wav), config)
-    return write_frames(
-        row_wav_S, row_segment_ids_T, start_code, reflect_pad(wav, config), 0, frames, segment, config
-    )
+    return write_frames(row_wav_S, row_segment_ids_T, start_code, reflect_pad(wav, config), 0, frames, segment, config)
 
 
 def empty_row(codes: int, config: AudioTokenizerConfig) -> tuple[np.ndarray, np.ndarray]:

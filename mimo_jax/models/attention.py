@@ -27,12 +27,12 @@ from mimo_jax.sharding import BATCH_AXES, current_mesh
 Implementation = Literal["auto", "dense", "chunked", "splash"]
 Window = tuple[int, int]
 
-# `auto` keeps rows dense up to this many scores per head.
+# `auto` keeps rows dense up to this many scores per head, unless a window leaves most of them unread.
 DENSE_SCORES = 4 * 512 * 512
 # A block of the chunked path holds about this many scores per head.
 _BLOCK_SCORES = 512 * 1024
 _MIN_BLOCK = 128
-# The chunked path cuts causal rows into this many parts, each of which reads the keys up to its own end (5/8 of the work).
+# The chunked path cuts causal rows into this many parts; each reads the keys up to its own end, 5/8 of all.
 _CAUSAL_PARTS = 4
 # The lane count of a TPU register: splash works on multiples of it.
 _LANES = 128
@@ -59,8 +59,8 @@ def attention(
         v_BSKH: values.
         causal: a query sees keys at its own position and before.
         window: (left, right): a query at position i sees keys at i - left .. i + right, ends included; -1 is unlimited.
-        q_segments_BL: int32 document of each query; only equal ids that are not 0 attend. A query of segment 0 (padding)
-            returns zeros, as does one that sees no key.
+        q_segments_BL: int32 document of each query; only equal ids that are not 0 attend. A query of segment 0
+            (padding) returns zeros, as does one that sees no key.
         kv_segments_BS: int32 document of each key; given if and only if `q_segments_BL` is.
         q_positions_BL: int32 positions that causality and window compare; by default the index in the row.
         kv_positions_BS: the same for the keys; given if and only if `q_positions_BL` is.
@@ -81,7 +81,8 @@ def attention(
         if jax.default_backend() == "tpu" and _splash_obstacle(q_BLNH, k_BSKH, positions) is None:
             impl = "splash"
         else:
-            impl = "dense" if L * S <= DENSE_SCORES else "chunked"
+            local = not positions and min(window) >= 0 and 2 * (_MIN_BLOCK + sum(window)) < S
+            impl = "chunked" if local or L * S > DENSE_SCORES else "dense"
     if impl == "splash":
         obstacle = _splash_obstacle(q_BLNH, k_BSKH, q_positions_BL is not None)
         if obstacle:
@@ -147,8 +148,7 @@ def _attend(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BLS: j
 
 
 def _chunked(q, k, v, window: Window, q_segments, kv_segments, q_positions, kv_positions) -> jax.Array:
-    B, L, _, _ = q.shape
-    S = k.shape[1]
+    L, S = q.shape[1], k.shape[1]
     left, right = window
     by_index = q_positions is None
     if by_index and left >= 0 and right >= 0:
@@ -178,7 +178,7 @@ def _scan_blocks(q, k, v, window: Window, q_segments, kv_segments, q_positions, 
     pad = num_blocks * block - L
     local = q_positions is None and left >= 0 and right >= 0
     if local:
-        # Keys of block i are the slice [i * block - left, (i + 1) * block + right): padded on both sides, it always exists.
+        # Block i reads keys [i * block - left, (i + 1) * block + right); with padding on both sides they always exist.
         after = max(0, num_blocks * block + right - S)
         k, v = (jnp.pad(x, ((0, 0), (left, after), (0, 0), (0, 0))) for x in (k, v))
         if kv_segments is not None:
@@ -273,10 +273,9 @@ def _splash_local(q, k, v, q_segments=None, kv_segments=None, *, window: Window,
         block_q_dq=block,
         block_kv_dq=block,
     )
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-        )
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     if q_segments is None:
         out = jax.vmap(kernel)(q, k, v)

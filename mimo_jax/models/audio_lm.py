@@ -1,7 +1,7 @@
 """Audio language model: patch encoder, LLM, patch decoder (report section 2.2).
 
-One position of a row is one text token or one audio patch. A hidden state predicts the next position: the text head says
-which text token, or `<|empty|>`, which means that a patch comes; the patch decoder then says which.
+One position of a row is one text token or one audio patch. A hidden state predicts the next position: the text head
+says which text token, or `<|empty|>`, which means that a patch comes; the patch decoder then says which.
 
 Axes: B batch, L positions, C patch slots of a row, N patches, G frames of a patch, R channels, T steps of the patch
 decoder, D LLM width, P patch-decoder width, V text vocabulary, V_r audio vocabulary of channel r.
@@ -129,7 +129,8 @@ class AudioLM(nn.Module):
 
         Args:
             x_NP: input of the step, from `start_patch` (step 0) or `embed_codes`.
-            cache: steps so far; `KVCache.zeros(config.patch_decoder, N, config.num_steps, dtype)` at the start of a patch.
+            cache: the steps so far; a patch starts with
+                `KVCache.zeros(config.patch_decoder, N, config.num_steps, dtype)`.
 
         Returns:
             Logits [N, V_r] of every channel, of which `active_channels(config, step)` are meant, and the new cache.
@@ -145,9 +146,8 @@ class AudioLM(nn.Module):
             active_R: bool, from `active_channels`.
         """
         empty = np.array(self.config.codebook_sizes)
-        wide = jnp.promote_types(self.compute.dtype, jnp.float32)
         embeddings = self.patch_encoder.channel_embeddings(jnp.where(active_R, codes_NR, empty))
-        return self.patch_decoder.code_input(sum(x.astype(wide) for x in embeddings).astype(self.compute.dtype))
+        return self.patch_decoder.code_input(embeddings)
 
     def touch(self) -> None:
         """Runs every part once on the smallest input: what `init` needs."""
@@ -167,7 +167,8 @@ def active_channels(config: AudioLMConfig, step: jax.Array | int) -> jax.Array:
 
 
 def _init(config: AudioLMConfig, compute: ComputeConfig, key: jax.Array) -> Any:
-    return AudioLM(config, compute).init(key, method="touch")
+    # The rows of `touch` are too short for a kernel, and attention has no parameters.
+    return AudioLM(config, dataclasses.replace(compute, attention="dense")).init(key, method="touch")
 
 
 def init_params(config: AudioLMConfig, compute: ComputeConfig, key: jax.Array) -> dict[str, Any]:

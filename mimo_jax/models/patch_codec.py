@@ -10,6 +10,9 @@ V_r entries of channel r and its "empty" id, which is the last and stands for no
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,17 @@ import numpy as np
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig
 from mimo_jax.models.transformer import KVCache, Linear, Transformer, initializer
+
+
+def _short_rows(compute: ComputeConfig) -> ComputeConfig:
+    """Rows of 4 frames or 11 steps are always dense, whatever the rows of the LLM ask for."""
+    return dataclasses.replace(compute, attention="dense")
+
+
+def _total(xs: list[jax.Array], compute: ComputeConfig) -> jax.Array:
+    """Sum of embeddings, in float32 (float64 for float64), handed out in the compute dtype."""
+    wide = jnp.promote_types(compute.dtype, jnp.float32)
+    return functools.reduce(jnp.add, [x.astype(wide) for x in xs]).astype(compute.dtype)
 
 
 class PatchEncoder(nn.Module):
@@ -30,7 +44,7 @@ class PatchEncoder(nn.Module):
         init = nn.with_logical_partitioning(initializer(), ("audio_vocab", "embed"))
         shape = (sum(c.audio_vocab_sizes), width)
         self.embedding = self.param("embedding", init, shape, jnp.dtype(self.compute.param_dtype))
-        self.transformer = Transformer(c.patch_encoder, self.compute)
+        self.transformer = Transformer(c.patch_encoder, _short_rows(self.compute))
         self.projection = Linear(
             (c.group_size, width), (c.llm.d_model,), ("frame", None), ("embed",), use_bias=False, compute=self.compute
         )
@@ -39,14 +53,13 @@ class PatchEncoder(nn.Module):
         """Embedding of each channel's codes: int32 [..., R] -> R arrays [..., E]; zero for "empty"."""
         sizes = np.array(self.config.audio_vocab_sizes)
         starts = np.cumsum(sizes) - sizes
-        # Blanking the rows costs one small copy; masking what was looked up costs 10 times as much in the backward pass.
+        # Blanking the rows is one small copy; masking what was looked up makes the backward pass 10 times slower (CPU).
         table = jnp.asarray(self.embedding, self.compute.dtype).at[starts + sizes - 1].set(0)
         return [table[codes[..., r] + starts[r]] for r in range(len(sizes))]
 
     def __call__(self, patches_NGR: jax.Array) -> jax.Array:
         """Codes of N patches -> their vectors [N, D] in the LLM."""
-        wide = jnp.promote_types(self.compute.dtype, jnp.float32)
-        x_NGE = sum(x.astype(wide) for x in self.channel_embeddings(patches_NGR.astype(jnp.int32)))
+        x_NGE = _total(self.channel_embeddings(patches_NGR.astype(jnp.int32)), self.compute)
         y_NGE, _ = self.transformer(x_NGE)
         return self.projection(y_NGE)
 
@@ -67,7 +80,7 @@ class PatchDecoder(nn.Module):
             return Linear((inputs,), (outputs,), axes[:1], axes[1:], use_bias=False, compute=self.compute)
 
         self.input = linear(c.llm.d_model, width, ("embed", None))
-        self.transformer = Transformer(c.patch_decoder, self.compute)
+        self.transformer = Transformer(c.patch_decoder, _short_rows(self.compute))
         self.head = [linear(width, size, ("embed", "audio_vocab")) for size in c.audio_vocab_sizes]
         if c.patch_encoder.d_model != width:
             self.codes = linear(c.patch_encoder.d_model, width, ("embed", None))
@@ -76,9 +89,10 @@ class PatchDecoder(nn.Module):
         """Input [N, P] of step 0: the projected hidden state of the position before the patch."""
         return self.input(h_ND)
 
-    def code_input(self, x_NE: jax.Array) -> jax.Array:
-        """Input [..., P] of a later step, from the sum of the embeddings of the codes of the step before."""
-        return x_NE if self.config.patch_encoder.d_model == self.config.patch_decoder.d_model else self.codes(x_NE)
+    def code_input(self, embeddings_R: list[jax.Array]) -> jax.Array:
+        """Input [..., P] of a later step, from the embeddings [..., E] of the codes of the step before."""
+        x = _total(embeddings_R, self.compute)
+        return x if self.config.patch_encoder.d_model == self.config.patch_decoder.d_model else self.codes(x)
 
     def hidden(self, h_ND: jax.Array, embeddings_R: list[jax.Array]) -> jax.Array:
         """Teacher-forced hidden states [N, T, P] of all steps.
@@ -88,14 +102,12 @@ class PatchDecoder(nn.Module):
             embeddings_R: embeddings [N, G, E] of the true codes of each channel.
         """
         c = self.config
-        wide = jnp.promote_types(self.compute.dtype, jnp.float32)
         # The codes of step t are the input of step t + 1; those of the last step are nobody's input.
-        delayed = (
-            jnp.pad(x.astype(wide), ((0, 0), (delay, max(c.delays) - delay), (0, 0)))[:, :-1]
+        delayed_R = [
+            jnp.pad(x, ((0, 0), (delay, max(c.delays) - delay), (0, 0)))[:, :-1]
             for x, delay in zip(embeddings_R, c.delays, strict=True)
-        )
-        steps = self.code_input(sum(delayed).astype(self.compute.dtype))
-        x_NTP = jnp.concatenate([self.start(h_ND)[:, None], steps], axis=1)
+        ]
+        x_NTP = jnp.concatenate([self.start(h_ND)[:, None], self.code_input(delayed_R)], axis=1)
         return self.transformer(x_NTP)[0]
 
     def step(self, x_NP: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -2,16 +2,17 @@
 
 `TransformerConfig` says which: LayerNorm + GELU with biases is the audio tokenizer's block, RMSNorm + SwiGLU with q/k/v
 biases the Qwen2 block of the language model. Parameters of a block: `norm_attn`, `attn/{q,k,v,out}`, `norm_mlp`,
-`mlp/{up,gate,down}`; linear kernels are [in..., out...] with heads as an axis of their own, so that the
-mesh can cut them. A stack holds its blocks under `layers` with a leading axis (scanned) or under `layers_0`, `layers_1`, ...
+`mlp/{up,gate,down}`; linear kernels are [in..., out...] with heads as an axis of their own, so that the mesh can cut
+them. A stack holds its blocks under `layers` with a leading axis (scanned) or under `layers_0`, `layers_1`, ...
 (unrolled), and its final norm under `norm`.
 
-Axes: B batch, L positions, D width, F feed-forward width, N query heads, K key/value heads, H head dimension, S cache slots.
+Axes: B batch, L positions, D width, N query heads, K key/value heads, H head dimension, S cache slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -61,8 +62,30 @@ class _Shared(NamedTuple):
 
 
 def initializer(scale: float = INIT_SCALE) -> nn.initializers.Initializer:
-    """Normal of standard deviation `scale`: every matrix and table of the system."""
-    return nn.initializers.normal(scale)
+    """Normal of standard deviation `scale`: every matrix and table of the system.
+
+    The numbers are a hash of key and index, and so the same on every mesh. `jax.random.normal` would do, but on CPU
+    each of its calls takes XLA half a second to compile, and a model has dozens.
+    """
+
+    def mix(x: jax.Array) -> jax.Array:
+        """Bijection of uint32 in which every input bit moves every output bit (C. Wellons, lowbias32)."""
+        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+        return x ^ (x >> 16)
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+        del out_sharding  # follows from the parameter's axes
+        words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+        index = jnp.zeros(shape, jnp.uint32)
+        for axis in range(len(shape)):
+            stride = math.prod(shape[axis + 1 :]) % 2**32
+            index += jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis) * jnp.uint32(stride)
+        bits = mix(mix(index ^ words[0]) + words[-1])
+        uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1.0
+        return (jax.lax.erf_inv(uniform) * (math.sqrt(2) * scale)).astype(dtype)
+
+    return init
 
 
 class Linear(nn.Module):
@@ -131,6 +154,7 @@ class _Attention(nn.Module):
         q = rotate(project("q", c.num_heads, "heads", c.q_bias), shared.cos, shared.sin)
         k = rotate(project("k", c.num_kv_heads, "kv_heads", c.k_bias), shared.cos, shared.sin)
         v = project("v", c.num_kv_heads, "kv_heads", c.v_bias)
+        impl = self.compute.attention
         mask: dict[str, Any] = {"q_segments_BL": shared.segment_ids_BL, "kv_segments_BS": shared.segment_ids_BL}
         if kv is not None:
             rows = jnp.arange(x_BLD.shape[0])[:, None]
@@ -141,7 +165,8 @@ class _Attention(nn.Module):
             k, v = (all_[layer].astype(q.dtype) for all_ in kv)
             slots_BS = jnp.arange(k.shape[1])[None]
             mask = {"q_positions_BL": shared.slots_BL, "kv_positions_BS": slots_BS}
-        y = attention(q, k, v, causal=c.causal, window=c.window, impl=self.compute.attention, **mask)
+            impl = "auto" if impl == "splash" else impl  # the kernel is for whole rows
+        y = attention(q, k, v, causal=c.causal, window=c.window, impl=impl, **mask)
         out = Linear(
             (c.num_heads, c.head_dim),
             (c.d_model,),
@@ -216,8 +241,8 @@ class Transformer(nn.Module):
             positions_BL: int32 rotary positions; by default the index in the row, with a cache the slot.
             cache: keys and values of the past. Position l of request b is written to slot lengths_B[b] + l and sees the
                 slots up to its own. The caller sees to it that the slots exist: writes beyond them are dropped.
-            cache_valid_BL: bool, with a cache: the real positions of a right-padded prompt. Lengths grow by their number,
-                so that later positions overwrite the slots of the padding.
+            cache_valid_BL: bool, with a cache: the real positions of a right-padded prompt. Lengths grow by their
+                number, so that later positions overwrite the slots of the padding.
 
         Returns:
             Outputs [B, L, D] in the compute dtype, and the new cache (None without one).
@@ -226,7 +251,7 @@ class Transformer(nn.Module):
             ValueError: a cache is given to a stack that is not causal, or together with segments.
         """
         c, compute = self.config, self.compute
-        B, L, _ = x_BLD.shape
+        L = x_BLD.shape[1]
         dtype = jnp.dtype(compute.dtype)
         slots_BL = None
         if cache is not None:
@@ -263,7 +288,7 @@ class Transformer(nn.Module):
         x, kv, _ = carry
         if self.final_norm:
             x = Norm(c.norm, c.d_model, c.norm_eps, compute, name="norm")(x)
-        if cache is None:
+        if cache is None or kv is None:
             return x, None
         grown = L if cache_valid_BL is None else cache_valid_BL.sum(-1, dtype=jnp.int32)
         return x, KVCache(k=kv[0], v=kv[1], lengths_B=cache.lengths_B + grown)

@@ -1,1 +1,1 @@
-"""Audio tokenizer: mel encoder, residual vector quantiser, decoder, vocoder, and the text decoder of its A2T objective."""
+"""Audio tokenizer: mel encoder, residual vector quantiser, decoder, vocoder, and the text decoder of A2T."""

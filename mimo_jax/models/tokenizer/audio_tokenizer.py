@@ -3,8 +3,8 @@
 B rows, S samples (24 kHz), T mel frames (100 Hz), M RVQ frames (25 Hz), R levels, D width. Rows are laid out as
 `mimo_jax.rows.TokenizerRows` describes, and every clip in them comes out as if it were alone.
 
-Two collections: "params", with the groups `encoder`, `decoder` and `vocoder`, and "codebook", which is learned by moving
-averages (see `rvq`) and never by gradients.
+Two collections: "params", with the groups `encoder`, `decoder` and `vocoder`, and "codebook", which is learned by
+moving averages (see `rvq`) and never by gradients.
 """
 
 from __future__ import annotations
@@ -104,11 +104,16 @@ class AudioTokenizer(nn.Module):
             rows: packed clips; the text is not used here.
             train: update the codebook and draw quantiser dropout; otherwise all levels are used and the codebook stays.
             rng: random key, needed for training.
+
+        Raises:
+            ValueError: `train` without `rng`.
         """
         c = self.config.rvq
         z_BMD, segment_ids_BM = self.encode_features(rows.wav_BS, rows.segment_ids_BT)
         levels_N = key_revive = None
         if train:
+            if rng is None:
+                raise ValueError("rng: expected a random key, which training needs, got None")
             key_levels, key_revive = jax.random.split(rng)
             if c.dropout_probability > 0:
                 levels_N = rvq.draw_levels(c, segment_ids_BM, key_levels).reshape(-1)

@@ -20,15 +20,18 @@ from mimo_jax.audio.packing import empty_row, guard_codes, num_codes, num_mel_fr
 from mimo_jax.config import AudioTokenizerConfig, ComputeConfig
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
 
-# Row lengths that programs are compiled for, in seconds; the longest is that of a segment.
-BUCKET_SECONDS = (2.0, 4.0, 8.0, 16.0, 32.0)
+# Clip lengths that programs are compiled for, when first needed; the longest is a segment.
+BUCKET_SECONDS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0)
+
+FLOAT32 = ComputeConfig()
 
 
 class Codec:
     """Encodes and decodes clips of any length with a few compiled programs.
 
-    A clip is cut into independent segments (60 s, as published), each of which is padded to the next bucket and run by itself.
-    So its codes depend on nothing but the clip: not on the clips beside it, nor on the order of calls.
+    A clip is cut into independent segments (60 s, as published), each of which is padded to the next bucket and run in
+    a row of its own. So on one machine its codes are a function of the clip alone, bit for bit: not of the clips beside
+    it, nor of the order of calls.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Codec:
         config: AudioTokenizerConfig,
         params: Mapping[str, Any],
         codebook: Mapping[str, Any],
-        compute: ComputeConfig = ComputeConfig(),
+        compute: ComputeConfig = FLOAT32,
         segment_seconds: float = 60.0,
     ) -> None:
         """Takes a trained tokenizer.
@@ -55,7 +58,8 @@ class Codec:
         self.segment_codes = round(segment_seconds * config.frame_rate)
         if self.segment_codes < 1:
             raise ValueError(f"segment_seconds: expected at least one RVQ frame, got {segment_seconds}")
-        buckets = {round(seconds * config.frame_rate) for seconds in BUCKET_SECONDS}
+        # A clip of exactly 10 s has one RVQ frame more than 250, since its mel frames stand at both ends.
+        buckets = {round(seconds * config.frame_rate) + 1 for seconds in BUCKET_SECONDS}
         self._buckets = [*sorted(b for b in buckets if 0 < b < self.segment_codes), self.segment_codes]
         self._variables = jax.device_put({"params": params, "codebook": codebook})
         model = AudioTokenizer(config, compute)

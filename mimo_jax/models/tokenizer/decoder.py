@@ -1,7 +1,7 @@
 """Decoder of the audio tokenizer: quantised vectors (25 Hz) to a coarse mel (100 Hz), on packed rows.
 
-B rows, M RVQ frames (25 Hz), H hidden frames (50 Hz), T mel frames (100 Hz), D width, F mel bins; L positions on any grid,
-K taps of a kernel, O output channels.
+B rows, M RVQ frames (25 Hz), H hidden frames (50 Hz), T mel frames (100 Hz), D width, F mel bins; L positions on any
+grid, K taps of a kernel, O output channels.
 
 Source: report section 2.1 and the released code.
 """
@@ -37,10 +37,8 @@ class UpConv(nn.Module):
         """Maps [B, L, features_in] to [B, L * stride, features_out] in the compute dtype; padding gives zeros."""
         stride, overlap = self.stride, self.kernel_size - self.stride
         param_dtype = jnp.dtype(self.compute.param_dtype)
-        axes: tuple[str | None, ...] = (None, None)
-        conv = Linear(
-            (self.features_in,), (self.kernel_size, self.features_out), ("embed",), axes, False, self.compute, name="conv"
-        )
+        outputs = (self.kernel_size, self.features_out)
+        conv = Linear((self.features_in,), outputs, ("embed",), (None, None), False, self.compute, name="conv")
         taps_BLKO = conv(x_BLD)
         taps_BLKO = taps_BLKO.astype(jnp.promote_types(taps_BLKO.dtype, jnp.float32))
 

@@ -1,7 +1,7 @@
 """Encoder of the audio tokenizer: log-mel (100 Hz) to the RVQ's input (25 Hz), on packed rows.
 
-B rows, T mel frames (100 Hz), H hidden frames (50 Hz), M RVQ frames (25 Hz), F mel bins, D width. A segment is encoded as if it
-were alone: whatever lies outside of it is the convolutions' zero padding, and attention and positions stay inside.
+B rows, T mel frames (100 Hz), H hidden frames (50 Hz), M RVQ frames (25 Hz), F mel bins, D width. A segment is encoded
+as if it were alone: whatever lies outside is the convolutions' zero padding, and attention and positions stay inside.
 
 Source: report section 2.1 and the released code.
 """
@@ -31,8 +31,8 @@ class Encoder(nn.Module):
 
         Args:
             mel_BTF: log-mel frames; T is a multiple of the mel frames of an RVQ frame.
-            segment_ids_BT: int32, 0 at frames that belong to no clip. A segment begins at a whole RVQ frame, and at least
-                one frame of padding follows it.
+            segment_ids_BT: int32, 0 at frames that belong to no clip. A segment begins at a whole RVQ frame, and at
+                least one frame of padding follows it.
 
         Returns:
             z_BMD in the compute dtype, and segment_ids_BM int32: RVQ frame m exists if mel frame 4 m does.

@@ -1,10 +1,10 @@
 """Residual vector quantiser, learned by exponential moving averages in sum form.
 
-N vectors, D width of a vector, K entries of a level, R levels. A level keeps the moving sum of the vectors that each entry
-was chosen for and their moving count; its codebook is sum / count (counts Laplace-smoothed). So an entry that is
-replaced by writing its sum and count stays replaced, which writing the codebook alone would not achieve: the next moving
-average would bring the old entry back. All arithmetic is float32 (float64 for float64 vectors), and the distances run at the
-highest matmul precision, since codes depend on it.
+N vectors, D width of a vector, K entries of a level, R levels. A level keeps the moving sum of the vectors that each
+entry was chosen for and their moving count; its codebook is sum / count (counts Laplace-smoothed). So an entry that is
+replaced by writing its sum and count stays replaced, which writing the codebook alone would not achieve: the next
+moving average would bring the old entry back. All arithmetic is float32 (float64 for float64 vectors), and the
+distances run at the highest matmul precision, since codes depend on it.
 
 Source: report section 2.1 and the released code, except the sum form.
 """
@@ -31,7 +31,7 @@ class QuantizerOutput(NamedTuple):
     Attributes:
         quantized_ND: sum of the chosen entries; its gradient with respect to the input is the identity.
         codes_NR: int32; 0 where a level was not reached or the vector is padding.
-        squared_error_R: sum over vectors of mean((entry - residual)^2) over D, differentiable with respect to the input.
+        squared_error_R: sum over vectors of mean((entry - residual)^2) over D; differentiable in the input.
         vectors_R: number of vectors that reached a level.
         code_counts: for each level, how often each entry was chosen: [K].
         codebook: the state after the update.
@@ -95,11 +95,10 @@ def quantize(codebook: Codebook, x_ND: jax.Array, epsilon: float, num_levels: in
 
 
 def dequantize(codebook: Codebook, codes_NR: jax.Array, epsilon: float) -> jax.Array:
-    """Sum of the entries that the codes name, over the levels that they have: [N, D]."""
-    total_ND = None
-    for i in range(codes_NR.shape[1]):
-        chosen_ND = entries(codebook[level_name(i)], epsilon)[codes_NR[:, i]]
-        total_ND = chosen_ND if total_ND is None else total_ND + chosen_ND
+    """Sum of the entries that the codes name, over the R >= 1 levels that they have: [N, D]."""
+    total_ND = entries(codebook[level_name(0)], epsilon)[codes_NR[:, 0]]
+    for i in range(1, codes_NR.shape[1]):
+        total_ND = total_ND + entries(codebook[level_name(i)], epsilon)[codes_NR[:, i]]
     return total_ND
 
 
@@ -164,7 +163,8 @@ def train_quantize(
             key_level = jax.random.fold_in(key, i)
             moved = revive_dead_codes(moved, input_ND, active_N, config.dead_code_threshold, key_level)
             # A level that no vector reached (dropout, an empty batch) keeps its state.
-            updated[level_name(i)] = jax.tree.map(lambda new, old, n=reached[-1]: jnp.where(n > 0, new, old), moved, level)
+            kept = reached[-1] == 0
+            updated[level_name(i)] = {name: jnp.where(kept, level[name], moved[name]) for name in level}
 
         total_ND = total_ND + chosen_ND
         # As published, the residual handed on is the straight-through value, so that later levels' commitment does
@@ -194,8 +194,8 @@ def moving_average(level: Level, sums_KD: jax.Array, counts_K: jax.Array, decay:
 def revive_dead_codes(level: Level, x_ND: jax.Array, mask_N: jax.Array, threshold: float, key: jax.Array) -> Level:
     """Replaces entries whose count is below `threshold` by vectors drawn from the batch without replacement.
 
-    A replaced entry gets count = threshold and sum = threshold * vector: the weight of a vector that it must now win on
-    average to stay. With fewer vectors than entries, vectors are used again. Nothing changes when `mask_N` is all False.
+    A replaced entry gets count = threshold and sum = threshold * vector: as if it had long been chosen just often
+    enough to live. With fewer vectors than entries, vectors are used again. Nothing changes when `mask_N` is all False.
     """
     vectors_KD = _draw_vectors(x_ND, mask_N, level["count"].shape[0], key)
     dead_K = (level["count"] < threshold) & jnp.any(mask_N)
@@ -205,9 +205,7 @@ def revive_dead_codes(level: Level, x_ND: jax.Array, mask_N: jax.Array, threshol
     }
 
 
-def kmeans(
-    x_ND: jax.Array, mask_N: jax.Array, centroids_KD: jax.Array, iterations: int
-) -> tuple[jax.Array, jax.Array]:
+def kmeans(x_ND: jax.Array, mask_N: jax.Array, centroids_KD: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
     """Lloyd's algorithm. A cluster without vectors keeps its centroid.
 
     Args:
@@ -220,8 +218,8 @@ def kmeans(
         Centroids [K, D], and the counts [K] of the last assignment (before the last update).
     """
 
-    def body(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        means_KD, _ = state
+    def body(_, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        means_KD = state[0]
         chosen_NK = jax.nn.one_hot(nearest(x_ND, means_KD), means_KD.shape[0], dtype=x_ND.dtype) * mask_N[:, None]
         counts_K = jnp.sum(chosen_NK, axis=0)
         sums_KD = jnp.matmul(chosen_NK.T, x_ND, precision=_HIGHEST)

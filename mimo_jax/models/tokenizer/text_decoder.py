@@ -34,8 +34,14 @@ class TextDecoder(nn.Module):
     ) -> jax.Array:
         """Predicts the next token at every text position.
 
-        The row is all frames, then all text tokens; a token sees the frames of its own clip and the text before it. The last
-        four arguments are those of `mimo_jax.rows.TokenizerRows`.
+        The row is all frames, then all text tokens; a token sees the frames of its own clip and the text before it.
+
+        Args:
+            quantized_BMD: quantised vectors.
+            segment_ids_BM: int32 clip of each RVQ frame.
+            text_BU: as in `mimo_jax.rows.TokenizerRows`, and so are the last two.
+            text_segment_ids_BU: int32.
+            text_positions_BU: int32.
 
         Returns:
             Logits [B, U, V], float32 (float64 in float64).

@@ -68,8 +68,8 @@ def overlap_add(frames_BTN: jax.Array, segment_ids_BT: jax.Array, hop: int) -> j
         wav_BS, S = hop * T, in the dtype of the frames; zero at padding.
     """
     batch, length, size = frames_BTN.shape
-    # Seen from the cropped grid, frame t begins `crop` samples before block t. Zeros in front make that whole blocks, so
-    # that block f of the output is a sum over chunks j of the frames f + before - j: slices and additions.
+    # Seen from the cropped grid, frame t begins `crop` samples before block t. Zeros in front make that whole blocks:
+    # then block f of the output is the sum over chunks j of frame f + before - j, made of slices and additions.
     crop = (size - hop) // 2
     before = -(-crop // hop)
     lead = before * hop - crop

@@ -1,0 +1,161 @@
+"""Recorded, transcribed speech from Debian packages, as JSONL manifests.
+
+    sudo apt-get install asterisk-core-sounds-{en,es,fr,it,ru} asterisk-core-sounds-{en,es,fr,it,ru}-g722 festvox-ru
+    pip install 'mimo-jax[eval]'                                  # PyAV decodes G.722
+    mimo-jax prepare debian --out data/debian
+
+`asterisk-core-sounds-LL` and `-LL-g722`: 2,830 telephone prompts, 131 minutes, one speaker for each language, 16 kHz
+(7 kHz wide); en, es, fr CC-BY-SA-3.0, it, ru CC-BY-3.0. `festvox-ru`: 620 read sentences, 99 minutes, one Russian man,
+16 kHz; BSD-like. Install them where you train; they are not part of this package.
+
+Left out: prompts whose transcript says anything in brackets (tones, effects, silences, remarks to the reader), prompts
+without a sound file, and clips that cannot be decoded; all are counted. One text in twenty is held out, chosen by its
+hash, so that prompts of equal wording are on the same side.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimo_jax.audio.files import AudioError, load_audio
+from mimo_jax.corpora.manifest import CorpusSummary, write_clip, write_manifests
+
+ASTERISK_LANGUAGES = ("en", "es", "fr", "it", "ru")
+_LANGUAGE_NAMES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
+_PERSONS = {"f": "woman", "m": "man"}
+_BRACKETS = re.compile(r"[\[\](){}<>]")
+_VALIDATION_SHARE = 20  # one text in so many
+_FESTVOX = "usr/share/festival/voices/russian/msu_ru_nsh_clunits"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A transcribed recording of an installed package."""
+
+    path: Path
+    name: str
+    text: str
+    language: str
+    speaker: str
+    person: str
+
+
+def prepare_debian(
+    folder: str | Path,
+    *,
+    root: str | Path = "/",
+    languages: Sequence[str] = ASTERISK_LANGUAGES,
+    festvox: bool = True,
+    min_characters: int = 1,
+    sample_rate: int = 16_000,
+    progress: Callable[[str], None] = lambda line: None,
+) -> CorpusSummary:
+    """Writes WAV files, `train.jsonl` and `validation.jsonl` of the packages that are installed.
+
+    Args:
+        folder: where to write.
+        root: where the packages are installed, or unpacked with `dpkg-deb -x`.
+        languages: of the Asterisk prompts.
+        festvox: whether to include festvox-ru.
+        min_characters: shorter transcripts are left out (many prompts are single words).
+        sample_rate: Hz of the WAV files; 16 kHz is what the recordings have.
+        progress: takes a line now and then.
+
+    Raises:
+        FileNotFoundError: none of the packages is installed (the message says how to install them).
+        AudioError: PyAV, which decodes G.722, is not installed.
+    """
+    folder, root = Path(folder), Path(root)
+    recordings: list[Recording] = []
+    skipped: list[str] = []
+    for language in languages:
+        recordings += asterisk_recordings(root, language, skipped)
+    if festvox:
+        recordings += festvox_recordings(root, skipped)
+    if not recordings:
+        packages = " ".join(f"asterisk-core-sounds-{x} asterisk-core-sounds-{x}-g722" for x in languages)
+        raise FileNotFoundError(f"{root}: none of the packages is installed: apt-get install {packages} festvox-ru")
+    if any(r.path.suffix == ".g722" for r in recordings):
+        _require_av()
+    train: list[dict[str, Any]] = []
+    validation: list[dict[str, Any]] = []
+    for i, recording in enumerate(recordings):
+        if len(recording.text) < min_characters:
+            skipped.append(f"{recording.path}: transcript shorter than {min_characters} characters")
+            continue
+        try:
+            wav = load_audio(recording.path, sample_rate)
+        except AudioError as error:
+            skipped.append(str(error))
+            continue
+        clip = write_clip(
+            folder,
+            f"audio/{recording.language}/{recording.speaker}/{recording.name}.wav",
+            wav,
+            sample_rate,
+            text=recording.text,
+            language=recording.language,
+            speaker=recording.speaker,
+            caption=f"A {recording.person} speaks {_LANGUAGE_NAMES[recording.language[:2]]}.",
+        )
+        digest = hashlib.sha256(recording.text.encode()).digest()
+        (validation if int.from_bytes(digest[:4]) % _VALIDATION_SHARE == 0 else train).append(clip)
+        if (i + 1) % 500 == 0:
+            progress(f"{i + 1} of {len(recordings)} recordings")
+    return write_manifests(folder, train, validation, skipped)
+
+
+def asterisk_recordings(root: Path, language: str, skipped: list[str]) -> Iterator[Recording]:
+    """Prompts of one language, in the order of the transcript; lines that are left out are added to `skipped`.
+
+    The sound folder is named `LL_CC_g_Speaker`, for instance `en_US_f_Allison`.
+    """
+    package = f"asterisk-core-sounds-{language}"
+    transcript = root / "usr/share/doc" / package / f"core-sounds-{language}.txt.gz"
+    folders = sorted(p for p in (root / "usr/share/asterisk/sounds").glob(f"{language}_??_?_*") if p.is_dir())
+    if not transcript.is_file() or not folders:
+        return
+    _, country, gender, speaker = folders[0].name.split("_", 3)
+    for line in gzip.decompress(transcript.read_bytes()).decode("utf-8-sig").splitlines():
+        name, separator, text = line.partition(":")
+        name, text = name.strip(), " ".join(text.split())
+        if line.startswith(";") or not separator or not text:
+            continue
+        path = folders[0] / f"{name}.g722"
+        if _BRACKETS.search(text):
+            skipped.append(f"{path}: the transcript describes or remarks: {text[:60]}")
+        elif not path.is_file():
+            skipped.append(f"{path}: no such sound file (package {package}-g722)")
+        else:
+            yield Recording(path, name, text, f"{language}-{country}", speaker.lower(), _PERSONS[gender])
+
+
+def festvox_recordings(root: Path, skipped: list[str]) -> Iterator[Recording]:
+    """Sentences of festvox-ru, `( ru_0001 "text" )` a line; the stress marks (`+` before a vowel) are taken out."""
+    folder = root / _FESTVOX
+    transcript = folder / "etc" / "txt.done.data"
+    if not transcript.is_file():
+        return
+    for line in transcript.read_text(encoding="utf-8").splitlines():
+        match = re.fullmatch(r'\(\s*(\S+)\s+"(.*)"\s*\)', line.strip())
+        if match is None:
+            continue
+        path = folder / "wav" / f"{match[1]}.wav"
+        if path.is_file():
+            text = " ".join(match[2].replace("+", "").split())
+            yield Recording(path, match[1], text, "ru-RU", "festvox-nsh", "man")
+        else:
+            skipped.append(f"{path}: no such sound file (package festvox-ru)")
+
+
+def _require_av() -> None:
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise AudioError("the G.722 prompts need PyAV: pip install 'mimo-jax[eval]'") from None

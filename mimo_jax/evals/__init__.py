@@ -1,0 +1,1 @@
+"""Evaluations: functions of parameters and data, usable alone and from training."""

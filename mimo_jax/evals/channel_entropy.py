@@ -1,0 +1,168 @@
+"""What a language model has learnt about speech: held-out cross-entropy of each RVQ channel, against two references.
+
+The unigram reference knows how often each code occurs in the training set and nothing else. The control is the model
+itself with a wrong context: it predicts the same patches, but what it has heard before them is another utterance. A
+model that uses its context is below both.
+
+N utterances, C patches of a row, G frames of a patch, R channels, L positions, D width, K entries of a codebook.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.config import AudioLMConfig, ComputeConfig
+from mimo_jax.data.layouts import CONTINUATION, Layouts, SpeechSpan
+from mimo_jax.data.lm_rows import assemble_row
+from mimo_jax.data.records import Record
+from mimo_jax.data.shards import record_entry
+from mimo_jax.evals.intervals import Interval, bootstrap, mean_interval
+from mimo_jax.models.audio_lm import AudioLM
+from mimo_jax.rows import LMRows
+
+_FRAME_RATE = 25.0  # only the times of segments depend on it, and continuation documents have none
+
+
+@dataclass(frozen=True)
+class ChannelEntropies:
+    """Cross-entropies in nats, summed over the frames of each utterance.
+
+    Attributes:
+        model_NR: of the model.
+        control_NR: of the model with another utterance as its context.
+        unigram_NR: of the add-one-smoothed unigram of the training codes.
+        frames_N: frames of each utterance.
+    """
+
+    model_NR: np.ndarray
+    control_NR: np.ndarray
+    unigram_NR: np.ndarray
+    frames_N: np.ndarray
+
+    def mean(self, which: str, channel: int) -> Interval:
+        """Mean over frames of `model`, `control` or `unigram`, in nats."""
+        return mean_interval(getattr(self, f"{which}_NR")[:, channel], self.frames_N)
+
+    def reduction(self, channel: int) -> Interval:
+        """Share by which the model is below the unigram: 1 - model / unigram, a paired comparison."""
+        model_N, unigram_N = self.model_NR[:, channel], self.unigram_NR[:, channel]
+        return bootstrap(lambda w: 1.0 - (w @ model_N) / (w @ unigram_N), len(model_N))
+
+    def control_gap(self, channel: int) -> Interval:
+        """Nats by which the wrong context is worse than the right one, a paired comparison."""
+        return mean_interval(self.control_NR[:, channel] - self.model_NR[:, channel], self.frames_N)
+
+
+def unigrams(records: Iterable[Record], codebook_sizes: Sequence[int]) -> list[np.ndarray]:
+    """Add-one-smoothed log probabilities [K] of the codes of each channel."""
+    counts = [np.ones(size) for size in codebook_sizes]
+    for record in records:
+        for channel, size in enumerate(codebook_sizes):
+            counts[channel] += np.bincount(record.codes_MR[:, channel], minlength=size)
+    return [np.log(c / c.sum()) for c in counts]
+
+
+def channel_entropies(
+    config: AudioLMConfig,
+    compute: ComputeConfig,
+    params: Any,
+    tokenizer: Any,
+    training: Iterable[Record],
+    held_out: Sequence[Record],
+    row_length: int,
+    row_patches: int,
+    batch: int = 8,
+) -> ChannelEntropies:
+    """Measures a model on held-out utterances, each alone in its row as a speech-continuation document.
+
+    Frames that only fill up the last patch are not counted. An utterance longer than a row is cut as in training.
+
+    Args:
+        config: sizes.
+        compute: precision.
+        params: parameters of `AudioLM`.
+        tokenizer: text tokenizer.
+        training: records whose codes make the unigram.
+        held_out: at least two utterances of speech.
+        row_length: positions of a row, as in training.
+        row_patches: patches of a row, as in training.
+        batch: rows computed at once.
+
+    Raises:
+        ValueError: fewer than two held-out utterances.
+    """
+    if len(held_out) < 2:
+        raise ValueError(f"held_out: expected at least two utterances, got {len(held_out)}")
+    layouts = Layouts(tokenizer, config.group_size, config.num_channels, row_length, row_patches)
+    rows: list[LMRows] = []
+    contexts: list[np.ndarray] = []
+    counted: list[np.ndarray] = []  # bool [C, G]
+    owners: list[int] = []
+    for n, record in enumerate(held_out):
+        other = held_out[(n + 1) % len(held_out)]
+        wrong_CGR = layouts.patches(other.codes_MR, 0, len(other.codes_MR))
+        done = 0
+        for piece in layouts.plan(CONTINUATION, record_entry(record, tokenizer, _FRAME_RATE), 0):
+            document = layouts.fill(CONTINUATION, piece, record)
+            row = assemble_row([document], row_length, row_patches, config, 1.0)
+            patches = sum(len(s.patches_NGR) for s in document.spans if isinstance(s, SpeechSpan))
+            context = row.patches_BCGR.copy()
+            context[:patches] = wrong_CGR[np.arange(patches) % len(wrong_CGR)]
+            frame_CG = (np.arange(row_patches)[:, None] + done) * config.group_size + np.arange(config.group_size)
+            counted.append((np.arange(row_patches)[:, None] < patches) & (frame_CG < len(record.codes_MR)))
+            rows.append(row)
+            contexts.append(context)
+            owners.append(n)
+            done += patches
+
+    score = _scorer(config, compute)
+    shape = (len(held_out), config.num_channels)
+    model_NR, control_NR, unigram_NR = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    log_unigrams = unigrams(training, config.codebook_sizes)
+    for start in range(0, len(rows), batch):
+        # The last batch is filled up with rows already scored, so that one program serves all.
+        chosen = [min(i, len(rows) - 1) for i in range(start, start + batch)]
+        stacked = LMRows(*(np.stack([np.asarray(rows[i][k]) for i in chosen]) for k in range(len(LMRows._fields))))
+        stacked = stacked._replace(patches_BCGR=stacked.patches_BCGR.astype(np.int32))
+        context = np.stack([contexts[i] for i in chosen]).astype(np.int32)
+        right = np.asarray(score(params, stacked, stacked.patches_BCGR), np.float64)
+        wrong = np.asarray(score(params, stacked, context), np.float64)
+        for b in range(min(batch, len(rows) - start)):
+            i = start + b
+            mask_CG = counted[i]
+            model_NR[owners[i]] += right[b][mask_CG].sum(axis=0)
+            control_NR[owners[i]] += wrong[b][mask_CG].sum(axis=0)
+    for n, record in enumerate(held_out):
+        unigram_NR[n] = [-log_unigrams[r][record.codes_MR[:, r]].sum() for r in range(config.num_channels)]
+    frames_N = np.asarray([len(record.codes_MR) for record in held_out], np.float64)
+    return ChannelEntropies(model_NR, control_NR, unigram_NR, frames_N)
+
+
+@functools.lru_cache(maxsize=8)
+def _scorer(config: AudioLMConfig, compute: ComputeConfig) -> Callable[[Any, LMRows, np.ndarray], jax.Array]:
+    model = AudioLM(config, compute)
+
+    @jax.jit
+    def score(params: Any, rows: LMRows, context_BCGR: jax.Array) -> jax.Array:
+        """Cross-entropies [B, C, G, R] of the patches of `rows`, after having heard those of `context_BCGR`."""
+        variables = {"params": params}
+        h_BLD = model.apply(variables, rows._replace(patches_BCGR=context_BCGR))
+        before_BC = jnp.clip(rows.patch_positions_BC - 1, 0, h_BLD.shape[1] - 1)
+        h_BCD = jnp.take_along_axis(h_BLD, before_BC[..., None], axis=1)
+        true_NGR = rows.patches_BCGR.reshape(-1, config.group_size, config.num_channels)
+        logits = model.apply(variables, h_BCD.reshape(-1, h_BCD.shape[-1]), true_NGR, method="patch_logits")
+        losses = []
+        for r, logits_NGV in enumerate(logits):
+            logits_NGV = logits_NGV.astype(jnp.float32)
+            chosen = jnp.take_along_axis(logits_NGV, true_NGR[..., r, None], axis=-1)[..., 0]
+            losses.append(jax.nn.logsumexp(logits_NGV, axis=-1) - chosen)
+        return jnp.stack(losses, axis=-1).reshape(rows.patches_BCGR.shape)
+
+    return score

@@ -1,0 +1,494 @@
+"""Checkpoints: written by Orbax in the background, valid only with our commit marker.
+
+    WORKDIR/checkpoints/STEP/variables   parameters and codebooks: all that inference needs
+                            /optimizer   moments and counters
+                            /meta        JSON: config, data position and fingerprints, counters, versions
+                            /commit.json sizes and SHA-256 of all other files, written last
+
+Orbax loads a flipped byte without noticing and does not fall back to an older step. So a step counts only when its
+`commit.json` is there, and is used only when its files still have the sums that stand in it; otherwise the next older
+step is used. A checkpoint restores onto any mesh and any number of processes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mimo_jax
+from mimo_jax.atomic import atomic_write
+from mimo_jax.config import JobConfig
+from mimo_jax.config_files import from_config_dict, to_json
+from mimo_jax.training.state import Tree
+
+FORMAT = 1
+FOLDER = "checkpoints"
+MARKER = "commit.json"
+
+# Settings that may differ when a run is continued: length and rhythm, placement on devices, where files lie (their
+# content is compared by the loader's fingerprint), and how (not what) is computed.
+_MAY_CHANGE = (
+    r"run\.(steps|log_every|eval_every|eval_batches|checkpoint_every|keep_checkpoints|max_bad_steps|data_threads)",
+    r"mesh\..*",
+    r"compute\.(remat|attention)",
+    r"init_from",
+    r"data\.(manifest|text_tokenizer|validation.*|sources\.[^.]*\.path)",
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or continued. The message names folder and reason."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Folders and markers
+
+
+def good_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """Steps under a `checkpoints` folder that carry the commit marker, in ascending order."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and (p / MARKER).is_file())
+
+
+def _files(step_dir: Path) -> list[str]:
+    paths = (p for p in step_dir.rglob("*") if p.is_file() and p != step_dir / MARKER)
+    return sorted(p.relative_to(step_dir).as_posix() for p in paths)
+
+
+def _digest(path: Path, sync: bool) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def _digests(step_dir: Path, names: list[str], sync: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        yield from zip(names, pool.map(lambda name: _digest(step_dir / name, sync), names), strict=True)
+
+
+def _write_marker(step_dir: Path) -> None:
+    """Puts every file of a step on disk, then writes the marker with their sums."""
+    marker = {"format": FORMAT, "files": dict(_digests(step_dir, _files(step_dir), sync=True))}
+    atomic_write(step_dir / MARKER, json.dumps(marker, indent=1).encode())
+    descriptor = os.open(step_dir, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify(step_dir: str | os.PathLike[str]) -> None:
+    """Compares the files of a step with its marker.
+
+    Raises:
+        CheckpointError: the marker is missing, or a file is missing, unknown, or has another size or content.
+    """
+    step_dir = Path(step_dir)
+    try:
+        marker = json.loads((step_dir / MARKER).read_text(encoding="utf-8"))
+        expected = dict(marker["files"])
+        version = marker["format"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{step_dir}: {MARKER} is missing: the checkpoint was never completed") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{step_dir / MARKER}: not readable: {error}") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{step_dir / MARKER}: expected format {FORMAT}, got {version!r}")
+    found = _files(step_dir)
+    for name in sorted(set(expected) ^ set(found)):
+        raise CheckpointError(f"{step_dir / name}: {'missing' if name in expected else 'not part of the checkpoint'}")
+    for name, digest in _digests(step_dir, found):
+        if digest != expected[name]:
+            raise CheckpointError(f"{step_dir / name}: damaged: size or SHA-256 differs from {MARKER}")
+
+
+def read_meta(step_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON that was saved with a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or not readable.
+    """
+    path = Path(step_dir) / "meta" / "metadata"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected the JSON of a checkpoint: {error}") from error
+
+
+def find(path: str | os.PathLike[str], step: int | None = None) -> Path:
+    """Folder of the newest intact checkpoint under `path`.
+
+    Args:
+        path: working directory of a run, its `checkpoints` folder, or the folder of one step.
+        step: this step and no other.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or none that is intact. Damaged ones are passed over with a warning.
+    """
+    path = Path(path)
+    if (path / MARKER).is_file():
+        verify(path)
+        return path
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = good_steps(folder)
+    if step is not None:
+        if step not in steps:
+            raise CheckpointError(f"{folder}: no complete checkpoint of step {step}; there are {steps}")
+        verify(folder / str(step))
+        return folder / str(step)
+    for candidate in reversed(steps):
+        try:
+            verify(folder / str(candidate))
+            return folder / str(candidate)
+        except CheckpointError as error:
+            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+    found = f"all of {steps} are damaged" if steps else "there is none"
+    raise CheckpointError(f"{path}: expected a complete checkpoint under {folder}, but {found}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Meta
+
+
+def make_meta(
+    step: int,
+    config: JobConfig,
+    data_state: Mapping[str, Any],
+    data_fingerprint: Mapping[str, Any],
+    trained_groups: list[str],
+    counters: Mapping[str, float],
+) -> dict[str, Any]:
+    """What is saved beside the arrays.
+
+    Args:
+        step: batches consumed.
+        config: settings of the job.
+        data_state: position of the loader.
+        data_fingerprint: what the data and the text tokenizer are.
+        trained_groups: groups that this run or a run before it has trained; the others are as initialised.
+        counters: totals since the beginning of the run (positions, audio hours, ...).
+    """
+    return {
+        "format": FORMAT,
+        "step": step,
+        "job": config.job,
+        "config": json.loads(to_json(config)),
+        "data_state": dict(data_state),
+        "data_fingerprint": json.loads(json.dumps(dict(data_fingerprint))),
+        "trained_groups": trained_groups,
+        "counters": dict(counters),
+        "package_version": mimo_jax.__version__,
+        "git_revision": git_revision(),
+    }
+
+
+def git_revision() -> str:
+    """Commit of the source tree, with `+changes` where files differ from it; "" outside of a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def check_same_run(
+    meta: Mapping[str, Any],
+    config: JobConfig,
+    data_fingerprint: Mapping[str, Any],
+    where: str | os.PathLike[str],
+) -> None:
+    """Makes sure that a checkpoint belongs to the run that is to be continued.
+
+    Length and rhythm of the run, mesh, remat, attention implementation and file locations may differ.
+
+    Raises:
+        CheckpointError: another setting or the data differ; names the first one and both values.
+    """
+    new = _flat(json.loads(to_json(config)))
+    old = _flat(meta["config"])
+    for key in sorted(set(new) | set(old)):
+        if new.get(key) != old.get(key) and not any(re.fullmatch(pattern, key) for pattern in _MAY_CHANGE):
+            raise CheckpointError(
+                f"{where}: config.{key} was {old.get(key)!r} and is {new.get(key)!r} now: "
+                "a run can only be continued with the settings it began with; use another working directory"
+            )
+    new, old = _flat(json.loads(json.dumps(dict(data_fingerprint)))), _flat(meta["data_fingerprint"])
+    for key in sorted(set(new) | set(old)):
+        if new.get(key) != old.get(key):
+            raise CheckpointError(f"{where}: the data changed: {key} was {old.get(key)!r} and is {new.get(key)!r} now")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): tree}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Writing and reading
+
+
+class CheckpointStore:
+    """The checkpoints of one run. One run at a time writes to a folder."""
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3) -> None:
+        """Opens `WORKDIR/checkpoints` and removes what a killed process left unfinished there.
+
+        Args:
+            workdir: folder of the run.
+            keep: complete checkpoints to keep; older ones are removed once a newer one is complete.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        import orbax.checkpoint as ocp
+
+        self.folder = Path(workdir).absolute() / FOLDER
+        self._keep = keep
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                unfinished = path.name.isdecimal() and not (path / MARKER).is_file()
+                if path.is_dir() and (unfinished or path.name.endswith(".orbax-checkpoint-tmp")):
+                    shutil.rmtree(path)
+        _barrier("checkpoints-opened")
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("variables", "optimizer", "meta"))
+
+    def save(self, step: int, variables: Tree, optimizer: Tree, meta: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint; returns as soon as the arrays are copied to the host.
+
+        Raises:
+            CheckpointError: this or the previous checkpoint could not be written. Older ones are untouched.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        items = ocp.args.Composite(
+            variables=ocp.args.StandardSave(variables),
+            optimizer=ocp.args.StandardSave(optimizer),
+            meta=ocp.args.JsonSave(dict(meta)),
+        )
+        try:
+            self._orbax.save(self.folder / str(step), items)
+        except Exception as error:
+            self._error = error
+            self.wait()
+        self._thread = threading.Thread(target=self._commit, args=(step,), name=f"commit-{step}", daemon=True)
+        self._thread.start()
+
+    def _commit(self, step: int) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                _write_marker(self.folder / str(step))
+                for old in good_steps(self.folder)[: -self._keep]:
+                    (self.folder / str(old) / MARKER).unlink()
+                    shutil.rmtree(self.folder / str(old))
+        except Exception as error:  # raised again in the main thread, by `wait`
+            self._error = error
+
+    def check(self) -> None:
+        """Raises the error of a checkpoint that failed in the background, without waiting for a running one."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete, marker included.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written: {_reason(error)}; "
+                f"complete ones are untouched: steps {good_steps(self.folder)}"
+            ) from error
+
+    def find(self) -> Path | None:
+        """Folder of the newest intact step, the same on every process; None where nothing was ever completed.
+
+        Damaged newer steps are renamed to `STEP.damaged`, with a warning, so that the run can write them again.
+
+        Raises:
+            CheckpointError: there are checkpoints, but all are damaged.
+        """
+        step = -1
+        if jax.process_index() == 0 and (steps := good_steps(self.folder)):
+            try:
+                step = int(find(self.folder).name)
+            except CheckpointError:
+                step = -2
+            else:
+                for newer in (s for s in steps if s > step):
+                    damaged = self.folder / f"{newer}.damaged"
+                    shutil.rmtree(damaged, ignore_errors=True)
+                    os.replace(self.folder / str(newer), damaged)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            step = int(multihost_utils.broadcast_one_to_all(step))
+        if step == -2:
+            raise CheckpointError(f"{self.folder}: every checkpoint is damaged; restore a copy or remove the folder")
+        return None if step == -1 else self.folder / str(step)
+
+    def restore(self, step_dir: Path, variables: Tree, optimizer: Tree) -> tuple[Tree, Tree]:
+        """Reads a step that `find` returned.
+
+        Args:
+            step_dir: folder of the step.
+            variables: tree of `jax.ShapeDtypeStruct` with shardings, as the new run wants the arrays.
+            optimizer: the same for the second item.
+
+        Raises:
+            CheckpointError: the trees do not fit.
+        """
+        import orbax.checkpoint as ocp
+
+        items = ocp.args.Composite(
+            variables=ocp.args.StandardRestore(variables), optimizer=ocp.args.StandardRestore(optimizer)
+        )
+        try:
+            restored = self._orbax.restore(step_dir, items)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{step_dir}: does not fit this run: {_reason(error)}") from error
+        return restored["variables"], restored["optimizer"]
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and stops Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _reason(error: BaseException) -> str:
+    """First line of the deepest cause: Orbax wraps the error of the file system in its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def saved_shapes(step_dir: str | os.PathLike[str]) -> Tree:
+    """Tree of `jax.ShapeDtypeStruct` of the saved variables (`params` and `codebook`), read without the arrays."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(Path(step_dir).absolute() / "variables").tree
+    handler.close()
+    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype), tree)
+
+
+def read_variables(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
+    """Reads a part of the saved variables.
+
+    Args:
+        step_dir: folder of one step.
+        abstract: a part of the tree of `saved_shapes`, as `jax.ShapeDtypeStruct` with shardings.
+    """
+    import orbax.checkpoint as ocp
+
+    arguments = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(Path(step_dir).absolute() / "variables", arguments)
+
+
+def load_params(
+    path: str | os.PathLike[str], step: int | None = None, shardings: Tree | None = None
+) -> tuple[JobConfig, Tree, dict[str, Any]]:
+    """Loads a trained model for inference; the optimiser's state is not read.
+
+    Args:
+        path: working directory of a run, its `checkpoints` folder, or the folder of one step.
+        step: step to load, the newest intact one by default.
+        shardings: tree of shardings like the variables, or one for all; the first local device by default.
+
+    Returns:
+        The config of the job, `{"params": ..., "codebook": ...}` and the saved meta.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    step_dir = find(path, step)
+    meta = read_meta(step_dir)
+    config = from_config_dict(meta["config"])
+    shapes = saved_shapes(step_dir)
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        whole = shardings
+        shardings = jax.tree.map(lambda _: whole, shapes)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    return config, read_variables(step_dir, abstract), meta
+
+
+def transfer(path: str | os.PathLike[str], wanted: Tree) -> Tree:
+    """Loads the parameter groups that another run has trained.
+
+    Args:
+        path: working directory or checkpoint of the other run.
+        wanted: parameters of this run as `jax.ShapeDtypeStruct` with shardings.
+
+    Returns:
+        The groups of `wanted` that were trained there: a text checkpoint gives `llm`, a joint one all.
+
+    Raises:
+        CheckpointError: there is no checkpoint, nothing matches, or a parameter is missing or has another shape.
+    """
+    step_dir = find(path)
+    saved = saved_shapes(step_dir)["params"]
+    groups = [group for group in wanted if group in read_meta(step_dir)["trained_groups"]]
+    if not groups:
+        raise CheckpointError(f"{step_dir}: no trained group among {sorted(wanted)}; it has {sorted(saved)}")
+    for group in groups:
+        old, new = (
+            {jax.tree_util.keystr(k, simple=True, separator="/"): leaf.shape for k, leaf in _leaves(tree[group])}
+            for tree in (saved, wanted)
+        )
+        for name in sorted(set(old) | set(new)):
+            if old.get(name) != new.get(name):
+                raise CheckpointError(
+                    f"{step_dir}: parameter {group}/{name}: expected {new.get(name, 'no such parameter')}, "
+                    f"the checkpoint has {old.get(name, 'no such parameter')}"
+                )
+    return read_variables(step_dir, {"params": {group: wanted[group] for group in groups}})["params"]
+
+
+def _leaves(tree: Tree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)

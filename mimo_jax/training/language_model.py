@@ -1,0 +1,197 @@
+"""Trains the language model: text pre-training, understanding (stage 1), joint (stage 2) and post-training.
+
+The stages differ in their config only: which groups learn, at which rate, which losses have a weight, what the rows are
+made of. All parameters always exist: a text run keeps the patch encoder and decoder as they were initialised, and the
+checkpoint says which groups were ever trained, so that a later stage takes over those and starts the others afresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mimo_jax.config import LMTrainConfig
+from mimo_jax.data.lm_rows import lm_loader
+from mimo_jax.models.audio_lm import AudioLM, abstract_params, init_params
+from mimo_jax.rows import LMRows
+from mimo_jax.sharding import batch_sharding, make_mesh, shardings
+from mimo_jax.text.tokenizers import load_text_tokenizer
+from mimo_jax.training import lm_loss, loop
+from mimo_jax.training.checkpoint import CheckpointStore, make_meta, transfer
+from mimo_jax.training.metrics import MetricsWriter, StepMetrics
+from mimo_jax.training.optimizer import apply_gradients, make_optimizer, schedule, trained
+from mimo_jax.training.state import TrainState, Tree
+
+CODES_PER_SECOND = 25.0  # frames of the audio tokenizer
+
+
+def train_language_model(cfg: LMTrainConfig, workdir: str | os.PathLike[str]) -> None:
+    """Trains, or continues the run that is in `workdir`; returns when the run is finished.
+
+    Writes `checkpoints/` (see `checkpoint`), `metrics.jsonl`, `tensorboard/` and `config.json` to `workdir`.
+
+    Raises:
+        ConfigError: settings do not fit each other or the devices.
+        DataError: the data does not fit the settings, or is damaged.
+        OSError: the working directory or a data file cannot be read or written.
+        CheckpointError, TrainingError, SystemExit: see `loop.train_loop`.
+    """
+    with loop.working_directory(workdir, cfg) as folder:
+        # Mesh
+        mesh = make_mesh(cfg.mesh)
+        loop.check_rows(cfg.data.rows, cfg.run.accumulation, mesh)
+        with jax.set_mesh(mesh):
+            _train(cfg, folder, mesh)
+
+
+def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
+    run = cfg.run
+    key = jax.random.key(run.seed)
+
+    # Data
+    tokenizer = load_text_tokenizer(cfg.data.text_tokenizer)
+    loader, validation = lm_loader(cfg, "train", tokenizer), lm_loader(cfg, "validation", tokenizer)
+
+    # Model and optimiser
+    model = AudioLM(cfg.model, cfg.compute)
+    rates = dataclasses.asdict(cfg.learning_rates)
+    optimizer = make_optimizer(cfg.optimizer, rates, run.steps)
+
+    def start(params: Tree) -> TrainState:
+        return TrainState.start(params, optimizer.init(trained(params, rates)))
+
+    # Shard
+    abstract = jax.eval_shape(lambda key: start(init_params(cfg.model, cfg.compute, key)["params"]), key)
+    placed = loop.state_shardings(abstract, shardings(abstract_params(cfg.model, cfg.compute), mesh)["params"], mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def put(rows: LMRows) -> LMRows:
+        return loop.to_devices(rows, batch_sharding(mesh))
+
+    # Update step
+    train_step = jax.jit(make_train_step(cfg, model, optimizer), donate_argnums=0, out_shardings=(placed, replicated))
+
+    @jax.jit
+    def eval_step(state: TrainState, rows: LMRows) -> StepMetrics:
+        _, sums = lm_loss.lm_loss(model, state.params, rows, cfg.loss)
+        return jax.lax.with_sharding_constraint(StepMetrics.make(sums), replicated)
+
+    @jax.jit
+    def describe(sums: lm_loss.LMLossSums) -> dict[str, jax.Array]:
+        means = lm_loss.means(model, sums, cfg.loss)
+        channels = [means[f"channel/{r}/ce"] for r in range(cfg.model.num_channels)]
+        return means | {"audio/ce": jnp.mean(jnp.stack(channels))}
+
+    def validate(state: TrainState) -> dict[str, float]:
+        return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches)
+
+    # Restore
+    store = CheckpointStore(folder, run.keep_checkpoints)
+    restored = loop.resume(store, abstract, placed, cfg, loader)
+    if restored is not None:
+        state, meta = restored
+        groups, counters = meta["trained_groups"], meta["counters"]
+        writer = MetricsWriter(folder, meta["step"])
+        writer.say(f"continuing from step {meta['step']}")
+    else:
+        writer, counters, params = MetricsWriter(folder), {}, {}
+        if cfg.init_from:
+            params = transfer(cfg.init_from, loop.with_shardings(abstract.params, placed.params))
+            writer.say(f"{', '.join(sorted(params))} from {cfg.init_from}")
+        groups = [group for group in sorted(rates) if group in params or rates[group] > 0]
+        if set(params) < set(rates):
+            # Apart from the optimiser, so that all stages of a model share one compiled program: random numbers compile
+            # slowly.
+            init = jax.jit(init_params, static_argnums=(0, 1), out_shardings={"params": placed.params})
+            params = init(cfg.model, cfg.compute, key)["params"] | params
+        state = jax.jit(start, out_shardings=placed, donate_argnums=0)(params)
+    num_params = sum(x.size for x in jax.tree.leaves(state.params))
+    writer.say(f"{num_params:,} parameters, trained: {', '.join(trained(state.params, rates))}; {mesh.size} devices")
+
+    # Loop
+    try:
+        loop.train_loop(
+            state,
+            train_step,
+            loader,
+            validate,
+            run=run,
+            view=loop.View(
+                describe,
+                losses={"text": "text/word_ce", "audio": "audio/ce"},
+                unit="positions",
+                counter="positions",
+                flops=lambda counters: train_flops(cfg, counters),
+            ),
+            put=put,
+            store=store,
+            writer=writer,
+            make_meta=lambda step, counters: make_meta(step, cfg, loader.state(), loader.fingerprint, groups, counters),
+            counters=counters,
+        )
+    finally:
+        writer.close()
+        store.close()
+        loader.close()
+        validation.close()
+
+
+def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
+    """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated.
+
+    Args:
+        cfg: settings.
+        model: the model of `cfg`.
+        optimizer: from `make_optimizer`.
+    """
+    rates = dataclasses.asdict(cfg.learning_rates)
+    factor = schedule(cfg.optimizer, cfg.run.steps)
+
+    def step(state: TrainState, rows: LMRows) -> tuple[TrainState, StepMetrics]:
+        totals = lm_loss.loss_totals(rows)
+        learning = trained(state.params, rates)
+
+        def loss(learning: Any, rows: LMRows) -> tuple[jax.Array, lm_loss.LMLossSums]:
+            return lm_loss.lm_loss(model, {**state.params, **learning}, rows, cfg.loss, totals)
+
+        def micro_batch(rows: LMRows) -> Any:
+            return jax.value_and_grad(loss, has_aux=True)(learning, rows)
+
+        (value, sums), gradients = loop.accumulate(micro_batch, rows, cfg.run.accumulation)
+        updates_made = state.step - state.skipped
+        state, scalars = apply_gradients(
+            state, gradients, value, optimizer, cfg.optimizer, max_bad_steps=cfg.run.max_bad_steps
+        )
+        scalars |= {f"learning_rate/{group}": rates[group] * factor(updates_made) for group in learning}
+        return state, StepMetrics.make(sums, scalars, count_rows(rows, cfg.model.group_size))
+
+    return step
+
+
+def count_rows(rows: LMRows, group_size: int) -> dict[str, jax.Array]:
+    """What a batch holds: positions, patches, text tokens, hours of audio, (query, key) pairs of causal attention."""
+    used_BL = rows.segment_ids_BL > 0
+    positions = jnp.sum(used_BL, dtype=jnp.float32)
+    patches = jnp.sum(rows.patch_positions_BC < rows.text_BL.shape[1], dtype=jnp.float32)
+    return {
+        "positions": positions,
+        "patches": patches,
+        "text_tokens": positions - patches,
+        "audio_hours": patches * (group_size / CODES_PER_SECOND / 3600),
+        "attention_pairs": jnp.sum(jnp.where(used_BL, rows.positions_BL + 1.0, 0.0)),
+    }
+
+
+def train_flops(cfg: LMTrainConfig, counters: Mapping[str, float]) -> float:
+    """Model FLOPs of training on what `counters` counted: 3 times those of the forward pass, remat not counted."""
+    positions = max(counters["positions"], 1.0)
+    # `flops_per_position` wants the length of documents whose mean context, (length + 1) / 2, is this one.
+    length = 2 * counters["attention_pairs"] / positions - 1
+    patches = counters["patches"] / positions
+    return 3.0 * positions * cfg.model.flops_per_position(length, patches, generate=cfg.loss.trains_audio)

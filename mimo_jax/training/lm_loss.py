@@ -1,0 +1,302 @@
+"""Losses of the audio language model: weighted text cross-entropy and one cross-entropy per RVQ channel.
+
+    text term   = sum of w * ce / sum of w                              over text targets
+    channel r   = sum of a * (sum over frames of ce) / (G * sum of a)   over patch targets
+    total       = sum of weight_i * term_i / sum of weight_i
+
+(weights 100-12-8-6-4-2-2-1-1, report section 2.2; `<|empty|>` targets weigh 0.01, a factor that the data pipeline has
+already put into the rows). Sums, not means, are handed out, so that means can be taken over devices, accumulation
+steps and hosts.
+
+Axes: B rows, L positions, C patch slots, N = B * C patches, G frames of a patch, T steps of the patch decoder, R
+channels, K tasks, D LLM width, P patch-decoder width, V text vocabulary, X positions of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from mimo_jax.config import LayoutWeights, LMLossConfig
+from mimo_jax.models.audio_lm import AudioLM
+from mimo_jax.rows import LMRows
+from mimo_jax.sharding import BATCH_AXES, current_mesh
+
+NUM_TASKS = len(dataclasses.fields(LayoutWeights))
+
+
+class LMTargetLosses(NamedTuple):
+    """Cross-entropy of every target, in nats; aligned with the targets, as the weights in the rows are.
+
+    What has no predecessor in its own document weighs 0. Channels hold the sum over the G frames of a patch.
+    """
+
+    text_BL: jax.Array
+    text_weights_BL: jax.Array
+    text_correct_BL: jax.Array  # bool: the target is the best guess
+    channels_BCR: jax.Array
+    channel_weights_BC: jax.Array
+    channel_correct_BCR: jax.Array  # int32: frames of the patch whose code is the best guess
+
+
+class LMLossSums(NamedTuple):
+    """Sums over targets; `means` turns them into metrics. Cross-entropies in nats, float32.
+
+    Counts are of targets with a weight above 0, and an audio count is of codes (G per patch) in one channel. "word"
+    targets are the text targets that are not `<|empty|>`, "empty" targets those that are.
+    """
+
+    text_loss: jax.Array  # sum of w * ce
+    text_weight: jax.Array  # sum of w
+    word_ce: jax.Array
+    word_count: jax.Array
+    word_correct: jax.Array
+    empty_ce: jax.Array
+    empty_count: jax.Array
+    empty_correct: jax.Array
+    channel_loss_R: jax.Array  # sum of a * (sum over frames of ce)
+    audio_weight: jax.Array  # sum of a
+    channel_ce_R: jax.Array
+    channel_correct_R: jax.Array
+    audio_count: jax.Array
+    task_word_ce_K: jax.Array
+    task_word_count_K: jax.Array
+    task_channel_ce_KR: jax.Array
+    task_audio_count_K: jax.Array
+
+
+class LMLossTotals(NamedTuple):
+    """Weight sums of the whole batch: what an accumulation step divides by."""
+
+    text_weight: jax.Array
+    audio_weight: jax.Array
+
+
+def loss_totals(rows: LMRows) -> LMLossTotals:
+    """Weight sums of a batch, without running the model."""
+    text_weights_BL, channel_weights_BC, _ = _weights(rows)
+    widest = jnp.result_type(float)  # float32; float64 where that is enabled
+    return LMLossTotals(text_weights_BL.sum(dtype=widest), channel_weights_BC.sum(dtype=widest))
+
+
+def lm_loss(
+    model: AudioLM, params: Any, rows: LMRows, loss: LMLossConfig, totals: LMLossTotals | None = None
+) -> tuple[jax.Array, LMLossSums]:
+    """Loss of a batch of packed rows.
+
+    Args:
+        model: its compute dtype is that of the forward pass; losses are float32 (float64 for float64).
+        params: the "params" collection.
+        rows: packed rows. With C = 0 no audio part of the model runs.
+        loss: weights. Without any channel weight the patch decoder does not run.
+        totals: weight sums to divide by. Micro-batches of an accumulated step pass those of the whole batch, so that
+            their losses and gradients add up to those of the batch. By default the sums of these rows.
+
+    Returns:
+        The total (scalar) and the sums it was made of.
+    """
+    sums = _sum(model, rows, target_losses(model, params, rows, loss))
+    return total_loss(model, sums, loss, totals), sums
+
+
+def total_loss(model: AudioLM, sums: LMLossSums, loss: LMLossConfig, totals: LMLossTotals | None = None) -> jax.Array:
+    """Weighted mean of the text term and the channel terms; a term without targets is 0."""
+    weights = totals or (sums.text_weight, sums.audio_weight)
+    text_weight, audio_weight = (jnp.asarray(w, sums.text_loss.dtype) for w in weights)
+    text = _ratio(sums.text_loss, text_weight)
+    channels_R = _ratio(sums.channel_loss_R, model.config.group_size * audio_weight)
+    weights_R = jnp.asarray(loss.channel_weights, channels_R.dtype)
+    return (loss.text_weight * text + (weights_R * channels_R).sum()) / (loss.text_weight + sum(loss.channel_weights))
+
+
+def means(model: AudioLM, sums: LMLossSums, loss: LMLossConfig) -> dict[str, jax.Array]:
+    """Metrics of summed losses: scalars by name, NaN where there was no target.
+
+    `loss`; `text/ce` (weighted as trained), `text/word_ce`, `text/word_accuracy`, `text/empty_ce`,
+    `text/empty_accuracy`; `channel/R/ce`, `channel/R/accuracy`; `task/K/word_ce` and `task/K/channel_ce` (mean over
+    channels), K by name.
+    """
+    nan = jnp.nan
+    out = {
+        "loss": total_loss(model, sums, loss),
+        "text/ce": _ratio(sums.text_loss, sums.text_weight, nan),
+        "text/word_ce": _ratio(sums.word_ce, sums.word_count, nan),
+        "text/word_accuracy": _ratio(sums.word_correct, sums.word_count, nan),
+        "text/empty_ce": _ratio(sums.empty_ce, sums.empty_count, nan),
+        "text/empty_accuracy": _ratio(sums.empty_correct, sums.empty_count, nan),
+    }
+    for r in range(model.config.num_channels):
+        out[f"channel/{r}/ce"] = _ratio(sums.channel_ce_R[r], sums.audio_count, nan)
+        out[f"channel/{r}/accuracy"] = _ratio(sums.channel_correct_R[r], sums.audio_count, nan)
+    for k, field in enumerate(dataclasses.fields(LayoutWeights)):
+        out[f"task/{field.name}/word_ce"] = _ratio(sums.task_word_ce_K[k], sums.task_word_count_K[k], nan)
+        channels = sums.task_channel_ce_KR[k].mean()
+        out[f"task/{field.name}/channel_ce"] = _ratio(channels, sums.task_audio_count_K[k], nan)
+    return out
+
+
+def target_losses(model: AudioLM, params: Any, rows: LMRows, loss: LMLossConfig) -> LMTargetLosses:
+    """Cross-entropy of every target of packed rows; arguments as in `lm_loss`."""
+    B, C = rows.patch_positions_BC.shape
+    R = model.config.num_channels
+    variables = {"params": params}
+    text_weights_BL, channel_weights_BC, previous_BC = _weights(rows)
+    h_BLD = model.apply(variables, rows)
+    kernel_DV = model.apply(variables, method="text_head_kernel")
+    next_BL = jnp.roll(rows.text_BL, -1, axis=1)
+    ce_BL, correct_BL = cross_entropy(h_BLD, kernel_DV, next_BL, loss.vocab_chunk)
+    # The hidden state of position i predicts position i + 1; nothing predicts position 0, whose weight is 0.
+    ce_BL, correct_BL = jnp.roll(ce_BL, 1, axis=1), jnp.roll(correct_BL, 1, axis=1)
+    if C == 0 or not loss.trains_audio:
+        channels_BCR = jnp.zeros((B, C, R), ce_BL.dtype)
+        nothing = jnp.zeros_like(channel_weights_BC)
+        return LMTargetLosses(
+            ce_BL, text_weights_BL, correct_BL, channels_BCR, nothing, jnp.zeros((B, C, R), jnp.int32)
+        )
+    h_BCD = jnp.take_along_axis(h_BLD, previous_BC[..., None], axis=1)
+    patches_NGR = rows.patches_BCGR.reshape(B * C, *rows.patches_BCGR.shape[2:]).astype(jnp.int32)
+    y_NTP = model.apply(variables, h_BCD.reshape(B * C, -1), patches_NGR, method="patch_hidden")
+    channels, hits = [], []
+    for r, delay in enumerate(model.config.delays):
+        y_NGP = y_NTP[:, delay : delay + model.config.group_size]
+        ce_N, hits_N = _channel_cross_entropy(model, params, y_NGP, patches_NGR[..., r], r)
+        channels.append(ce_N.reshape(B, C))
+        hits.append(hits_N.reshape(B, C))
+    return LMTargetLosses(
+        ce_BL, text_weights_BL, correct_BL, jnp.stack(channels, -1), channel_weights_BC, jnp.stack(hits, -1)
+    )
+
+
+def _weights(rows: LMRows) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Target weights without what has no predecessor in its document, and the position before each patch [B, C]."""
+    segments_BL, at_BC = rows.segment_ids_BL, rows.patch_positions_BC
+    L = segments_BL.shape[1]
+    before_BL = jnp.pad(segments_BL[:, :-1], ((0, 0), (1, 0)))
+    follows_BL = (segments_BL == before_BL) & (segments_BL != 0)
+    used_BC = at_BC < L
+    at_BC = jnp.minimum(at_BC, L - 1)
+    follows_BC = used_BC & jnp.take_along_axis(follows_BL, at_BC, axis=1)
+    text_weights_BL = jnp.where(follows_BL, rows.text_weights_BL, 0)
+    return text_weights_BL, jnp.where(follows_BC, rows.audio_weights_BC, 0), jnp.maximum(at_BC - 1, 0)
+
+
+def cross_entropy(
+    h_BLD: jax.Array, kernel_DV: jax.Array, targets_BL: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy under a linear head, without the logits [B, L, V] ever existing at once.
+
+    Args:
+        h_BLD: hidden states; their dtype is that of the matrix product, which accumulates in float32.
+        kernel_DV: kernel of the head. Under a mesh each device gathers its columns once, not once per chunk.
+        targets_BL: int32 target ids.
+        chunk: positions per device whose logits exist at once.
+
+    Returns:
+        Cross-entropy in nats [B, L], float32 (float64 for float64), and whether the target is the best guess.
+    """
+    kernel_DV = jnp.asarray(kernel_DV, h_BLD.dtype)
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1 or h_BLD.shape[0] % math.prod(mesh.shape[a] for a in BATCH_AXES):
+        return _chunked_cross_entropy(h_BLD, kernel_DV, targets_BL, chunk, None)
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        lambda h, kernel, targets: _chunked_cross_entropy(h, kernel, targets, chunk, "tensor"),
+        mesh=mesh,
+        in_specs=(rows, PartitionSpec(None, "tensor"), rows),
+        out_specs=(rows, rows),
+    )(h_BLD, kernel_DV, targets_BL)
+
+
+def _chunked_cross_entropy(h_BLD, kernel_DV, targets_BL, chunk: int, axis: str | None):
+    """`cross_entropy` on one device; with an `axis`, the vocabulary is cut over that mesh axis."""
+    B, L, _ = h_BLD.shape
+    size = min(L, max(1, chunk // B))
+    num_chunks = -(-L // size)
+    pad = num_chunks * size - L
+    wide = jnp.promote_types(h_BLD.dtype, jnp.float32)
+    columns = kernel_DV.shape[1]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * columns
+
+    def over_axis(reduce: Any, x: jax.Array) -> jax.Array:
+        return x if axis is None else reduce(x, axis)
+
+    # The logits are recomputed in the backward pass.
+    @jax.checkpoint
+    def one(h_BXD: jax.Array, targets_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = jnp.einsum("bxd,dv->bxv", h_BXD, kernel_DV, preferred_element_type=wide)
+        top = over_axis(jax.lax.pmax, jax.lax.stop_gradient(logits).max(-1))
+        total = over_axis(jax.lax.psum, jnp.exp(logits - top[..., None]).sum(-1))
+        hit = jnp.arange(columns) == (targets_BX - first)[..., None]
+        target = over_axis(jax.lax.psum, jnp.where(hit, logits, 0).sum(-1))
+        return jnp.log(total) + top - target, target >= top
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, num_chunks, size, *x.shape[2:]), 1, 0)
+
+    _, (ce, correct) = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, (chunks(h_BLD), chunks(targets_BL)))
+    ce, correct = (jnp.moveaxis(x, 0, 1).reshape(B, num_chunks * size)[:, :L] for x in (ce, correct))
+    return ce, correct
+
+
+def _channel_cross_entropy(model: AudioLM, params: Any, y_NGP, codes_NG, channel: int):
+    """Sum over frames of the cross-entropy of one channel [N], and the number of right guesses [N]."""
+
+    # One channel's logits at a time: they are recomputed in the backward pass.
+    @jax.checkpoint
+    def one(params: Any, y_NGP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply({"params": params}, y_NGP, channel, method="channel_logits")
+        top = jax.lax.stop_gradient(logits).max(-1)
+        total = jnp.exp(logits - top[..., None]).sum(-1)
+        target = jnp.where(jnp.arange(logits.shape[-1]) == codes_NG[..., None], logits, 0).sum(-1)
+        return (jnp.log(total) + top - target).sum(-1), (target >= top).sum(-1, dtype=jnp.int32)
+
+    return one(params, y_NGP)
+
+
+def _sum(model: AudioLM, rows: LMRows, t: LMTargetLosses) -> LMLossSums:
+    dtype = t.text_BL.dtype
+    G, R = model.config.group_size, model.config.num_channels
+    trained_BL = t.text_weights_BL > 0
+    empty_BL = trained_BL & (rows.text_BL == model.config.empty_id)
+    word_BL = trained_BL & ~empty_BL
+    trained_BC = t.channel_weights_BC > 0
+    at_BC = jnp.minimum(rows.patch_positions_BC, rows.text_BL.shape[1] - 1)
+    tasks_BC = jnp.take_along_axis(rows.task_ids_BL, at_BC, axis=1)
+    task_BLK = jax.nn.one_hot(rows.task_ids_BL, NUM_TASKS, dtype=dtype) * word_BL[..., None]
+    task_BCK = jax.nn.one_hot(tasks_BC, NUM_TASKS, dtype=dtype) * trained_BC[..., None]
+
+    def total(mask: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.where(mask, x, 0).sum(dtype=dtype)
+
+    def per_channel(mask_BC: jax.Array, x_BCR: jax.Array) -> jax.Array:
+        return jnp.where(mask_BC[..., None], x_BCR, 0).reshape(-1, R).sum(0, dtype=dtype)
+
+    return LMLossSums(
+        text_loss=total(trained_BL, t.text_weights_BL * t.text_BL),
+        text_weight=t.text_weights_BL.sum(dtype=dtype),
+        word_ce=total(word_BL, t.text_BL),
+        word_count=word_BL.sum(dtype=dtype),
+        word_correct=total(word_BL, t.text_correct_BL),
+        empty_ce=total(empty_BL, t.text_BL),
+        empty_count=empty_BL.sum(dtype=dtype),
+        empty_correct=total(empty_BL, t.text_correct_BL),
+        channel_loss_R=per_channel(trained_BC, t.channel_weights_BC[..., None] * t.channels_BCR),
+        audio_weight=t.channel_weights_BC.sum(dtype=dtype),
+        channel_ce_R=per_channel(trained_BC, t.channels_BCR),
+        channel_correct_R=per_channel(trained_BC, t.channel_correct_BCR),
+        audio_count=G * trained_BC.sum(dtype=dtype),
+        task_word_ce_K=jnp.einsum("blk,bl->k", task_BLK, t.text_BL),
+        task_word_count_K=task_BLK.sum((0, 1)),
+        task_channel_ce_KR=jnp.einsum("bck,bcr->kr", task_BCK, t.channels_BCR),
+        task_audio_count_K=G * task_BCK.sum((0, 1)),
+    )
+
+
+def _ratio(a: jax.Array, b: jax.Array, empty: float = 0.0) -> jax.Array:
+    return jnp.where(b == 0, empty, a / jnp.where(b == 0, 1, b))

@@ -1,0 +1,465 @@
+"""The loop that every training job runs, once the job has built its step, its data and its validation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mimo_jax.atomic import atomic_write
+from mimo_jax.config import ConfigError, JobConfig, RunConfig
+from mimo_jax.config_files import to_json
+from mimo_jax.sharding import BATCH_AXES
+from mimo_jax.training import metrics as metrics_lib
+from mimo_jax.training.checkpoint import CheckpointStore, check_same_run, read_meta
+from mimo_jax.training.metrics import MetricsWriter, StepMetrics
+from mimo_jax.training.state import TrainState, Tree
+
+CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, for example because too many steps in a row were not finite."""
+
+
+class Loader(Protocol):
+    """Endless source of this process's part of each global batch; its position is a few integers."""
+
+    def __next__(self) -> Any: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How a job's metrics are read and shown.
+
+    Attributes:
+        describe: makes metrics, such as means, of the job's sums; `loss` is among them, NaN where nothing was counted.
+        losses: label -> name of the metric that the console shows under it.
+        unit: label of the throughput.
+        counter: name of the counter that the throughput counts.
+        flops: model FLOPs (forward and backward) of the work that the given counters count.
+    """
+
+    describe: Callable[[Any], Mapping[str, Any]]
+    losses: Mapping[str, str]
+    unit: str
+    counter: str
+    flops: Callable[[Mapping[str, float]], float]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Working directory, devices
+
+
+@contextlib.contextmanager
+def working_directory(workdir: str | os.PathLike[str], config: JobConfig) -> Iterator[Path]:
+    """Makes sure that this run, and no other, can write to `workdir`, and keeps it so until the end of the block.
+
+    Writes the resolved settings to `config.json`, for people; a checkpoint carries its own copy.
+
+    Raises:
+        OSError: the folder cannot be made or written; names it and says why.
+        TrainingError: another process is training there.
+    """
+    folder = Path(workdir).absolute()
+    if jax.process_index() != 0:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise type(error)(error.errno, f"working directory is not writable ({error.strerror})", str(folder)) from error
+    with lock:
+        _lock(lock, folder)
+        atomic_write(folder / CONFIG_FILE, (to_json(config) + "\n").encode())
+        yield folder
+
+
+def _lock(file: Any, folder: Path) -> None:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back when the process ends, however
+    except BlockingIOError:
+        raise TrainingError(f"{folder}: another process is training in this working directory") from None
+    except (ImportError, OSError):
+        return  # a file system without locks
+
+
+def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises ConfigError unless `rows` can be cut into equal micro-batches, and those over data x fsdp devices."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (accumulation * devices):
+        raise ConfigError(
+            f"data.rows: expected a multiple of run.accumulation * data * fsdp devices "
+            f"({accumulation} * {mesh.shape['data']} * {mesh.shape['fsdp']}), got {rows}"
+        )
+
+
+def to_devices(rows: Any, sharding: NamedSharding) -> Any:
+    """Global arrays from this process's part of the rows (a tree of numpy arrays); the copy runs in the background."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
+
+
+def state_shardings(abstract: TrainState, params: Tree, mesh: Mesh) -> TrainState:
+    """Shardings of a training state: moments lie like their parameters, counters and codebooks are replicated.
+
+    Args:
+        abstract: shapes of the state; the path of a moment ends with the path of its parameter.
+        params: shardings of the parameters.
+        mesh: mesh for the rest.
+    """
+    placed = dict(jax.tree_util.tree_leaves_with_path(params))
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        return next((placed[path[i:]] for i in range(len(path)) if path[i:] in placed), replicated)
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def with_shardings(abstract: Tree, shardings: Tree) -> Tree:
+    """Puts shardings on a tree of shapes: what a checkpoint needs to know to restore it."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def resume(
+    store: CheckpointStore,
+    abstract: TrainState,
+    shardings: TrainState,
+    config: JobConfig,
+    loader: Loader,
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """Goes back to the newest intact checkpoint of this run: state and data position.
+
+    Returns:
+        The state on its devices and the saved meta; None where there is no checkpoint yet.
+
+    Raises:
+        CheckpointError: it belongs to other settings or other data, or all are damaged.
+    """
+    step_dir = store.find()
+    if step_dir is None:
+        return None
+    meta = read_meta(step_dir)
+    check_same_run(meta, config, loader.fingerprint, step_dir)
+    wanted = with_shardings(abstract, shardings)
+    state = TrainState.join(*store.restore(step_dir, wanted.variables(), wanted.progress()))
+    loader.restore(meta["data_state"])
+    return state, meta
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Inside the jitted step
+
+
+def accumulate(step: Callable[[Any], Tree], rows: Any, count: int) -> Tree:
+    """Adds up what `step` returns over micro-batches.
+
+    Args:
+        step: rows of a micro-batch -> tree of loss, gradients and sums, already divided by the totals of the whole
+            batch: so every target weighs the same, whichever micro-batch it is in.
+        rows: tree of arrays with B rows.
+        count: number of micro-batches; divides B.
+    """
+    if count == 1:
+        return step(rows)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Row i goes to micro-batch i % count, so that every device keeps working on rows that it already holds.
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        if jax.sharding.get_abstract_mesh().empty:
+            return x
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, BATCH_AXES))
+
+    micro_batches = jax.tree.map(split, rows)
+    shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], micro_batches))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, step(micro)), None), zeros, micro_batches)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Validation, signals, reports
+
+
+def evaluate(
+    eval_step: Callable[[TrainState, Any], StepMetrics],
+    state: TrainState,
+    batches: Iterable[Any],
+    put: Callable[[Any], Any],
+    describe: Callable[[Any], Mapping[str, Any]],
+    max_batches: int,
+) -> dict[str, float]:
+    """Metrics of the validation rows, weighted by targets.
+
+    Args:
+        eval_step: jitted; nothing is fetched before the last batch.
+        state: only parameters and codebooks are read.
+        batches: host-local rows in a fixed order.
+        put: moves rows to the devices.
+        describe: makes metrics of the sums over all batches.
+        max_batches: batches to use; 0 is all of them.
+
+    Raises:
+        TrainingError: there was no batch.
+    """
+    metrics: list[StepMetrics] = []
+    for rows in batches:
+        metrics.append(eval_step(state, put(rows)))
+        if len(metrics) == max_batches:
+            break
+    if not metrics:
+        raise TrainingError("validation: expected at least one batch of rows, the validation set gave none")
+    return described(describe, metrics_lib.summarize(range(len(metrics)), metrics).sums)
+
+
+def described(describe: Callable[[Any], Mapping[str, Any]], sums: Any) -> dict[str, float]:
+    """Metrics of sums as numbers, without those of which nothing was counted (NaN)."""
+    values = {name: float(value) for name, value in jax.device_get(dict(describe(sums))).items()}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C ask the run to stop after the step; a second signal ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        with contextlib.suppress(ValueError):  # not in the main thread: then nobody can send us signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._old:
+            signal.signal(*self._old.popitem())
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(ValueError):
+            self._restore()
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; all processes of a job get the same answer."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.signal = self.signal or signal.SIGTERM
+                return True
+            return False
+        return self.signal is not None
+
+
+class Reporter:
+    """Turns the metrics of an interval of steps into lines, and ends a run that has stopped learning."""
+
+    def __init__(self, writer: MetricsWriter, run: RunConfig, view: View, counters: Mapping[str, float]) -> None:
+        self.counters = dict(counters)
+        self.waited = 0.0  # seconds the loop waited for data in this interval
+        self._writer, self._run, self._view = writer, run, view
+        self._mark: float | None = None  # when the interval began; None until the first step is compiled
+        self._untimed = 0
+        self._seconds = self._steps = 0.0
+        self._peak = metrics_lib.peak_flops()
+
+    def start(self) -> None:
+        """The first step is done, compilation included: time is measured from here."""
+        self._mark, self._untimed, self.waited = time.perf_counter(), 1, 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in this block (validation, checkpoint) does not count as training."""
+        begin = time.perf_counter()
+        yield
+        if self._mark is not None:
+            self._mark += time.perf_counter() - begin
+
+    def report(self, interval: list[tuple[int, StepMetrics]]) -> None:
+        """Fetches the metrics of these steps, which waits until the device has done them, and writes them.
+
+        Raises:
+            TrainingError: too many skipped steps in a row.
+        """
+        summary = metrics_lib.summarize([step for step, _ in interval], [m for _, m in interval])
+        last = interval[-1][0]
+        now = time.perf_counter()
+        assert self._mark is not None
+        seconds = max(now - self._mark, 1e-9)
+        timed = len(interval) - self._untimed
+        self._seconds, self._steps = self._seconds + seconds * (timed > 0), self._steps + timed
+        for name, value in summary.counters.items():
+            self.counters[name] = self.counters.get(name, 0.0) + value
+        for step, scalars in summary.skipped:
+            self._writer.write(step, "skipped", scalars)
+        self.counters["skipped_steps"] = self.counters.get("skipped_steps", 0.0) + len(summary.skipped)
+
+        values = {"loss": math.nan} | summary.scalars
+        if summary.sums is not None:
+            values |= described(self._view.describe, summary.sums)
+        if timed:
+            per_second = timed / len(interval) / seconds
+            values["step_seconds"] = seconds / timed
+            values[f"{self._view.counter}_per_second"] = summary.counters[self._view.counter] * per_second
+            values["data_wait"] = min(self.waited / seconds, 1.0)
+            values["flops_per_second"] = self._view.flops(summary.counters) * per_second
+            if self._peak is not None:
+                values["mfu"], values["mfu_peak"] = values["flops_per_second"] / self._peak, self._peak
+        values |= {f"total/{name}": value for name, value in self.counters.items()}
+        self._writer.write(last, "train", values)
+        self._writer.say(self._line(last, values, len(summary.skipped)))
+        self._mark, self._untimed, self.waited = now, 0, 0.0
+
+        if summary.bad_in_row >= self._run.max_bad_steps:
+            raise TrainingError(
+                f"step {last}: loss or gradient was not finite in {summary.bad_in_row} steps in a row "
+                f"(run.max_bad_steps = {self._run.max_bad_steps}); the parameters are those from before. Lower the "
+                "learning rate or look at the data; the steps are listed in metrics.jsonl under the split `skipped`"
+            )
+
+    def _line(self, step: int, values: Mapping[str, float], skipped: int) -> str:
+        view = self._view
+        parts = [f"step {step}/{self._run.steps}", f"loss {values['loss']:.4g}"]
+        parts += _shown(view, values)
+        if "step_seconds" in values:
+            parts.append(f"{values[f'{view.counter}_per_second']:,.0f} {view.unit}/s")
+            parts.append(f"data wait {values['data_wait']:.0%}")
+            if "mfu" in values:
+                parts.append(f"MFU {values['mfu']:.1%} of {values['mfu_peak'] / 1e12:,.0f} TFLOP/s")
+            else:
+                parts.append(f"{values['flops_per_second'] / 1e9:,.0f} GFLOP/s")
+            parts.append(f"ETA {metrics_lib.clock((self._run.steps - step) * self._seconds / self._steps)}")
+        if skipped:
+            parts.append(f"SKIPPED {skipped} non-finite steps")
+        return "  ".join(parts)
+
+
+def _shown(view: View, values: Mapping[str, float]) -> list[str]:
+    return [f"{label} {values[name]:.4g}" for label, name in view.losses.items() if name in values]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train_loop(
+    state: TrainState,
+    train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
+    loader: Loader,
+    validate: Callable[[TrainState], dict[str, float]],
+    *,
+    run: RunConfig,
+    view: View,
+    put: Callable[[Any], Any],
+    store: CheckpointStore,
+    writer: MetricsWriter,
+    make_meta: Callable[[int, Mapping[str, float]], dict[str, Any]],
+    counters: Mapping[str, float],
+) -> TrainState:
+    """Trains from `state.step` to `run.steps`.
+
+    The host runs ahead of the device: it reads the metrics of an interval only after it has started the next step.
+    Every `run.checkpoint_every` steps, and at the end, a checkpoint is written in the background. SIGTERM and Ctrl-C
+    write one as well and end the process with code 128 + signal (143, 130), so that a supervisor can tell a stopped
+    run from a finished one; the same command continues it.
+
+    Args:
+        state: new or restored; its buffers are donated.
+        train_step: jitted step with donated state.
+        loader: positioned at the batch of step `state.step`.
+        validate: metrics of the validation set; run before the first step, every `run.eval_every` steps and at the end.
+        run: length and rhythm.
+        view: what the console shows.
+        put: moves host-local rows to the devices.
+        store: checkpoints of the run.
+        writer: metrics of the run.
+        make_meta: (step, counters) -> JSON to save with a checkpoint.
+        counters: totals at `state.step`.
+
+    Raises:
+        TrainingError: `run.max_bad_steps` steps in a row were not finite.
+        CheckpointError: a checkpoint could not be written.
+        SystemExit: stopped by a signal.
+    """
+    first = int(state.step)
+    if first >= run.steps:
+        writer.say(f"step {first}/{run.steps}  nothing to do: this run is finished")
+        return state
+    reporter = Reporter(writer, run, view, counters)
+    interval: list[tuple[int, StepMetrics]] = []
+    ready: list[tuple[int, StepMetrics]] = []
+
+    def validate_and_write(step: int) -> None:
+        with reporter.pause():
+            values = validate(state)
+            writer.write(step, "validation", values)
+            parts = [f"step {step}/{run.steps}", f"validation: loss {values['loss']:.4g}", *_shown(view, values)]
+            writer.say("  ".join(parts))
+
+    if first == 0:
+        validate_and_write(0)
+    with StopSignal() as stop:
+        for step in range(first + 1, run.steps + 1):
+            begin = time.perf_counter()
+            rows = next(loader)
+            reporter.waited += time.perf_counter() - begin
+
+            state, step_metrics = train_step(state, put(rows))
+            interval.append((step, step_metrics))
+            if step == first + 1:
+                jax.block_until_ready(step_metrics)
+                reporter.start()
+                writer.say(
+                    f"step {step}/{run.steps}  first step, with compilation: {time.perf_counter() - begin:.1f} s"
+                )
+            if ready:
+                reporter.report(ready)
+                ready = []
+            store.check()
+
+            stopping = stop.requested(step)
+            evaluating = step % run.eval_every == 0 or step == run.steps
+            saving = step % run.checkpoint_every == 0 or step == run.steps or stopping
+            if step % run.log_every == 0 or evaluating or saving:
+                ready, interval = interval, []
+            if evaluating or saving:
+                reporter.report(ready)
+                ready = []
+            if evaluating:
+                validate_and_write(step)
+            if saving:
+                with reporter.pause():
+                    writer.sync()
+                    meta = make_meta(step, reporter.counters)
+                    store.save(step, state.variables(), state.progress(), meta)
+            if stopping:
+                break
+        store.wait()
+    if stop.signal is not None and step < run.steps:
+        writer.say(f"step {step}/{run.steps}  stopped by a signal; the same command goes on from here")
+        raise SystemExit(128 + stop.signal)
+    return state

@@ -1,0 +1,230 @@
+"""Metrics: from the device to `metrics.jsonl`, TensorBoard and the console.
+
+A step returns a `StepMetrics`, one small array that stays on the device until the next report. Means are carried as
+sums and counts, so that averages over steps, micro-batches and hosts weigh every target the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.atomic import atomic_write
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
+
+# Dense bfloat16 peak of one JAX device, in FLOP/s, by the beginning of its device kind (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,  # half a chip
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values_N"], meta_fields=["structure", "shapes"])
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What one step of training or validation reports, flattened into one float32 vector.
+
+    One array is one transfer, and the steps of an interval are cheap to add up. `structure` and `shapes` say how to
+    take it apart (`unpack`).
+    """
+
+    values_N: jax.Array
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def make(
+        cls, sums: Any, scalars: Mapping[str, Any] | None = None, counters: Mapping[str, Any] | None = None
+    ) -> StepMetrics:
+        """Packs the metrics of a step.
+
+        Args:
+            sums: tree of arrays that are added up over steps (loss sums, target counts, code counts); a job's
+                `View.describe` makes means of them.
+            scalars: numbers that are averaged over steps, such as norms. `finite` (0 or 1) and `bad_in_row` are kept
+                apart: see `Summary`.
+            counters: numbers that are added up over the whole run, such as the positions of the batch.
+        """
+        tree = {"sums": sums, "scalars": dict(scalars or {}), "counters": dict(counters or {})}
+        leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree))
+        return cls(jnp.concatenate([x.ravel() for x in leaves]), structure, tuple(x.shape for x in leaves))
+
+    def unpack(self, values_N: np.ndarray) -> dict[str, Any]:
+        """The tree `{"sums", "scalars", "counters"}` of numpy arrays with these values."""
+        leaves, start = [], 0
+        for shape in self.shapes:
+            size = math.prod(shape)
+            leaves.append(values_N[start : start + size].reshape(shape))
+            start += size
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Metrics of several steps on the host, float64.
+
+    Attributes:
+        sums: tree of sums over the finite steps; None if there was none.
+        scalars: means over the finite steps.
+        counters: totals over all steps, skipped ones included: their data is used up.
+        skipped: (step, scalars) of every step that was not finite.
+        bad_in_row: largest value of the scalar `bad_in_row`.
+    """
+
+    sums: Any
+    scalars: dict[str, float]
+    counters: dict[str, float]
+    skipped: list[tuple[int, dict[str, float]]]
+    bad_in_row: int
+
+
+def summarize(steps: Sequence[int], metrics: Sequence[StepMetrics]) -> Summary:
+    """Fetches the metrics of `steps` from the device and adds them up.
+
+    A step whose scalar `finite` is 0 is kept out of sums and means and listed instead.
+    """
+    fetched = [values_N.astype(np.float64) for values_N in jax.device_get([m.values_N for m in metrics])]
+    trees = [m.unpack(values_N) for m, values_N in zip(metrics, fetched, strict=True)]
+    finite = [float(tree["scalars"].pop("finite", 1.0)) > 0 for tree in trees]
+    bad_in_row = max(int(tree["scalars"].pop("bad_in_row", 0)) for tree in trees)
+    good = [tree for tree, ok in zip(trees, finite, strict=True) if ok]
+
+    def numbers(tree: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {name: float(value) for name, value in tree.items()}
+
+    def total(kept: list[dict[str, Any]], part: str) -> Any:
+        return jax.tree.map(lambda *x: np.sum(x, axis=0), *(tree[part] for tree in kept))
+
+    return Summary(
+        sums=total(good, "sums") if good else None,
+        scalars={n: v / len(good) for n, v in numbers(total(good, "scalars")).items()} if good else {},
+        counters=numbers(total(trees, "counters")),
+        skipped=[(s, numbers(t["scalars"])) for s, t, ok in zip(steps, trees, finite, strict=True) if not ok],
+        bad_in_row=bad_in_row,
+    )
+
+
+def peak_flops() -> float | None:
+    """Peak of all devices of the job in FLOP/s, or None where the kind of device is not in `PEAK_FLOPS`."""
+    kind = jax.devices()[0].device_kind
+    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else None
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` (the source of truth), TensorBoard events and console lines.
+
+    Only process 0 writes; on the others every method does nothing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None = None) -> None:
+        """Opens the files of a run. Lines beyond `resume_step`, which will be written again, are dropped.
+
+        Args:
+            workdir: folder of the run.
+            resume_step: step that was restored; None for a run from its beginning, which drops every line.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / METRICS_FILE
+        drop_after(path, -1 if resume_step is None else resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(workdir / EVENTS_FOLDER))
+        if resume_step is not None:  # TensorBoard forgets what an earlier session wrote beyond this step
+            start = Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START), wall_time=time.time())
+            self._events.add_event(start)
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends one line `{"step", "split", name: value, ...}`; a value that is not finite becomes null."""
+        if not self._active:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
+
+        finite = {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+        self._file.flush()
+        scalars = [
+            EventSummary.Value(tag=f"{split}/{name}", simple_value=v) for name, v in finite.items() if v is not None
+        ]
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=EventSummary(value=scalars)))
+
+    def say(self, line: str) -> None:
+        """Prints a line for the person who watches."""
+        if self._active:
+            print(line, flush=True)
+
+    def sync(self) -> None:
+        """Puts everything written so far on disk: called before a checkpoint that says it is there."""
+        if self._active:
+            os.fsync(self._file.fileno())
+            self._events.flush()
+
+    def close(self) -> None:
+        if self._active:
+            self._file.close()
+            self._events.close()
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads `metrics.jsonl`; a last line that a killed process left unfinished is ignored.
+
+    Raises:
+        ValueError: another line is not JSON; names file and line.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    out = []
+    for number, line in enumerate(lines, 1):
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: expected a JSON object: {error}") from error
+    return out
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Rewrites `metrics.jsonl` without the lines beyond `step`, atomically. A missing file is fine."""
+    if not path.exists():
+        return
+    kept = "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step)
+    atomic_write(path, kept.encode())
+
+
+def clock(seconds: float) -> str:
+    """`4s`, `2m05s`, `3h07m`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -1,0 +1,69 @@
+"""What a training step reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any  # nested dictionaries of arrays
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "skipped", "bad_in_row", "params", "codebook", "optimizer"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; a checkpoint of it and of the data position continues a run exactly.
+
+    Attributes:
+        step: int32 scalar, batches consumed. Skipped steps count: the data moves on.
+        skipped: int32 scalar, steps that were skipped because loss or gradient were not finite.
+        bad_in_row: int32 scalar, how many of the latest steps were skipped in a row. Having reached the limit of the
+            run it stays there and nothing is updated any more, until the host has seen it and ended the run.
+        params: parameters; the names on the top level are the optimiser's groups.
+        codebook: EMA codebooks of the audio tokenizer, `{}` for other models.
+        optimizer: state of the optimiser, of the trained groups only.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    bad_in_row: jax.Array
+    params: Tree
+    codebook: Tree
+    optimizer: Tree
+
+    @classmethod
+    def start(cls, params: Tree, optimizer: Tree, codebook: Tree | None = None) -> TrainState:
+        """The state before the first step."""
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            bad_in_row=jnp.zeros((), jnp.int32),
+            params=params,
+            codebook={} if codebook is None else codebook,
+            optimizer=optimizer,
+        )
+
+    def variables(self) -> dict[str, Tree]:
+        """What inference needs: `params` and `codebook`."""
+        return {"params": self.params, "codebook": self.codebook}
+
+    def progress(self) -> dict[str, Tree]:
+        """What only going on with training needs: the optimiser's state and the counters."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "bad_in_row": self.bad_in_row,
+            "optimizer": self.optimizer,
+        }
+
+    @classmethod
+    def join(cls, variables: dict[str, Tree], progress: dict[str, Tree]) -> TrainState:
+        """Puts together what `variables` and `progress` took apart."""
+        return cls(params=variables["params"], codebook=variables["codebook"], **progress)

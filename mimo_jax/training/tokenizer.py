@@ -1,0 +1,245 @@
+"""Trains the audio tokenizer, stage 1: unified representation learning (report section 2.1).
+
+Encoder, quantiser, decoder, vocoder and a text decoder learn together: 10 audio-to-text + 1 reconstruction +
+1 commitment. The codebooks are no parameters: k-means on the first batch starts them, moving averages teach them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mimo_jax.config import ConfigError, TokenizerTrainConfig
+from mimo_jax.data.tokenizer_rows import tokenizer_loader
+from mimo_jax.models.tokenizer import rvq
+from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
+from mimo_jax.models.tokenizer.text_decoder import TextDecoder
+from mimo_jax.rows import TokenizerRows
+from mimo_jax.sharding import batch_sharding, make_mesh, shardings
+from mimo_jax.text.tokenizers import load_text_tokenizer
+from mimo_jax.training import loop, tokenizer_loss
+from mimo_jax.training.checkpoint import CheckpointStore, make_meta
+from mimo_jax.training.metrics import MetricsWriter, StepMetrics
+from mimo_jax.training.optimizer import apply_gradients, make_optimizer, schedule
+from mimo_jax.training.state import TrainState
+
+GROUPS = ("audio_tokenizer", "text_decoder")
+
+
+def train_tokenizer(cfg: TokenizerTrainConfig, workdir: str | os.PathLike[str]) -> None:
+    """Trains, or continues the run that is in `workdir`; returns when the run is finished.
+
+    Writes `checkpoints/` (see `checkpoint`), `metrics.jsonl`, `tensorboard/` and `config.json` to `workdir`.
+
+    Raises:
+        ConfigError: settings do not fit each other or the devices.
+        DataError: the data does not fit the settings, or is damaged.
+        OSError: the working directory or a data file cannot be read or written.
+        CheckpointError, TrainingError, SystemExit: see `loop.train_loop`.
+    """
+    if cfg.run.accumulation != 1:
+        raise ConfigError(
+            f"run.accumulation: expected 1, got {cfg.run.accumulation}: the codebooks learn from whole batches; "
+            "use fewer data.rows or more devices"
+        )
+    with loop.working_directory(workdir, cfg) as folder:
+        # Mesh
+        mesh = make_mesh(cfg.mesh)
+        loop.check_rows(cfg.data.rows, 1, mesh)
+        with jax.set_mesh(mesh):
+            _train(cfg, folder, mesh)
+
+
+def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
+    run = cfg.run
+    init_key, kmeans_key, _ = jax.random.split(jax.random.key(run.seed), 3)
+
+    # Data
+    text_tokenizer = load_text_tokenizer(cfg.data.text_tokenizer)
+    loader = tokenizer_loader(cfg, "train", text_tokenizer)
+    validation = tokenizer_loader(cfg, "validation", text_tokenizer)
+
+    # Model and optimiser
+    model = AudioTokenizer(cfg.model, cfg.compute)
+    text_decoder = TextDecoder(cfg.a2t, cfg.model.encoder.d_model, cfg.compute)
+    optimizer = make_optimizer(cfg.optimizer, dict.fromkeys(GROUPS, cfg.learning_rate), run.steps)
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return tokenizer_loss.init_variables(cfg.model, cfg.a2t, cfg.compute, key)
+
+    def start(key: jax.Array) -> TrainState:
+        variables = jax.tree.map(lambda x: x.value if _boxed(x) else x, init(key), is_leaf=_boxed)
+        return TrainState.start(variables["params"], optimizer.init(variables["params"]), variables["codebook"])
+
+    # Shard
+    abstract = jax.eval_shape(start, init_key)
+    placed = loop.state_shardings(abstract, shardings(jax.eval_shape(init, init_key), mesh)["params"], mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def put(rows: TokenizerRows) -> TokenizerRows:
+        return loop.to_devices(rows, batch_sharding(mesh))
+
+    # Update step
+    train_step = jax.jit(
+        make_train_step(cfg, model, text_decoder, optimizer), donate_argnums=0, out_shardings=(placed, replicated)
+    )
+
+    @jax.jit
+    def eval_step(state: TrainState, rows: TokenizerRows) -> StepMetrics:
+        _, (sums, _) = tokenizer_loss.tokenizer_loss(model, text_decoder, state.params, state.codebook, rows, cfg.loss)
+        return jax.lax.with_sharding_constraint(StepMetrics.make({"loss": sums}), replicated)
+
+    @jax.jit
+    def describe(sums: dict[str, Any]) -> dict[str, jax.Array]:
+        return make_metrics(cfg, sums)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches)
+
+    # Restore
+    store = CheckpointStore(folder, run.keep_checkpoints)
+    restored = loop.resume(store, abstract, placed, cfg, loader)
+    if restored is not None:
+        state, meta = restored
+        counters = meta["counters"]
+        writer = MetricsWriter(folder, meta["step"])
+        writer.say(f"continuing from step {meta['step']}")
+    else:
+        writer = MetricsWriter(folder)
+        state, counters = jax.jit(start, out_shardings=placed)(init_key), {}
+        position = loader.state()
+        codebook = kmeans_start(cfg, model, state, put(next(loader)), kmeans_key)
+        loader.restore(position)  # the first batch is used again, by the first step
+        codebook = jax.jit(lambda tree: tree, out_shardings=placed.codebook)(codebook)
+        state = dataclasses.replace(state, codebook=codebook)
+    num_params = sum(x.size for x in jax.tree.leaves(state.params))
+    writer.say(f"{num_params:,} parameters, {cfg.model.rvq.num_levels} codebooks; {mesh.size} devices")
+
+    # Loop
+    try:
+        loop.train_loop(
+            state,
+            train_step,
+            loader,
+            validate,
+            run=run,
+            view=loop.View(
+                describe,
+                losses={"text": "a2t", "mel": "mel", "perplexity": "level/00/perplexity"},
+                unit="audio s",
+                counter="audio_seconds",
+                flops=lambda counters: train_flops(cfg, counters),
+            ),
+            put=put,
+            store=store,
+            writer=writer,
+            make_meta=lambda step, counters: make_meta(
+                step, cfg, loader.state(), loader.fingerprint, list(GROUPS), counters
+            ),
+            counters=counters,
+        )
+    finally:
+        writer.close()
+        store.close()
+        loader.close()
+        validation.close()
+
+
+def _boxed(x: Any) -> bool:
+    """Whether a leaf is a box that holds an array and the logical names of its axes."""
+    return hasattr(x, "names")
+
+
+def kmeans_start(
+    cfg: TokenizerTrainConfig, model: AudioTokenizer, state: TrainState, rows: TokenizerRows, key: jax.Array
+) -> rvq.Codebook:
+    """The codebooks that k-means finds in what the encoder, as initialised, makes of a batch."""
+
+    @jax.jit
+    def features(state: TrainState, rows: TokenizerRows) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": state.params["audio_tokenizer"], "codebook": state.codebook}
+        z_BMD, segment_ids_BM = model.apply(variables, rows.wav_BS, rows.segment_ids_BT, method="encode_features")
+        return z_BMD.reshape(-1, z_BMD.shape[-1]), (segment_ids_BM > 0).reshape(-1)
+
+    z_ND, mask_N = features(state, rows)
+    return rvq.init_codebooks(cfg.model.rvq, z_ND, mask_N, key)
+
+
+def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decoder: TextDecoder, optimizer: Any) -> Any:
+    """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated.
+
+    Args:
+        cfg: settings.
+        model: the audio tokenizer of `cfg`.
+        text_decoder: the A2T decoder of `cfg`.
+        optimizer: from `make_optimizer`.
+    """
+    factor = schedule(cfg.optimizer, cfg.run.steps)
+    threshold = cfg.model.rvq.dead_code_threshold
+
+    def step(state: TrainState, rows: TokenizerRows) -> tuple[TrainState, StepMetrics]:
+        rng = jax.random.fold_in(jax.random.split(jax.random.key(cfg.run.seed), 3)[2], state.step)
+
+        def loss(params: Any) -> Any:
+            return tokenizer_loss.tokenizer_loss(model, text_decoder, params, state.codebook, rows, cfg.loss, rng)
+
+        (value, (sums, codebook)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        updates_made = state.step - state.skipped
+        state, scalars = apply_gradients(
+            state,
+            gradients,
+            value,
+            optimizer,
+            cfg.optimizer,
+            max_bad_steps=cfg.run.max_bad_steps,
+            codebook=codebook,
+        )
+        scalars["learning_rate"] = cfg.learning_rate * factor(updates_made)
+        # A code that was just replaced has this count to the last bit, others only by an unlikely chance.
+        revived_R = jnp.stack([jnp.sum(level["count"] == threshold) for _, level in sorted(codebook.items())])
+        metrics = {"loss": sums, "revived_R": revived_R, "steps": jnp.ones(())}
+        return state, StepMetrics.make(metrics, scalars, count_rows(cfg, rows))
+
+    return step
+
+
+def make_metrics(cfg: TokenizerTrainConfig, sums: dict[str, Any]) -> dict[str, jax.Array]:
+    """Loss terms, and of each level share of used codes, perplexity, quantisation error, codes revived in a step."""
+    losses = sums["loss"]
+    out = dict(tokenizer_loss.loss_terms(losses, cfg.loss))
+    usage_R, perplexity_R = tokenizer_loss.level_statistics(losses)
+    error_R = losses.commitment_R / jnp.maximum(losses.vectors_R, 1)
+    for r in range(cfg.model.rvq.num_levels):
+        name = rvq.level_name(r).replace("_", "/")
+        out |= {f"{name}/usage": usage_R[r], f"{name}/perplexity": perplexity_R[r], f"{name}/error": error_R[r]}
+        if "revived_R" in sums:
+            out[f"{name}/revived"] = sums["revived_R"][r] / sums["steps"]
+    return out
+
+
+def count_rows(cfg: TokenizerTrainConfig, rows: TokenizerRows) -> dict[str, jax.Array]:
+    """What a batch holds: clips, seconds and hours of audio, RVQ frames, text tokens."""
+    frames = jnp.sum(rows.segment_ids_BT > 0, dtype=jnp.float32)
+    seconds = frames * (cfg.model.mel.hop_length / cfg.model.mel.sample_rate)
+    return {
+        "audio_seconds": seconds,
+        "audio_hours": seconds / 3600,
+        "clips": jnp.sum(jnp.max(rows.segment_ids_BT, axis=1, initial=0), dtype=jnp.float32),
+        "codes": frames / cfg.model.mel_frames_per_code,
+        "text_tokens": jnp.sum(rows.text_segment_ids_BU > 0, dtype=jnp.float32),
+    }
+
+
+def train_flops(cfg: TokenizerTrainConfig, counters: Mapping[str, float]) -> float:
+    """Model FLOPs of training on what `counters` counted: 3 times the forward pass, for clips of mean length."""
+    clips = max(counters["clips"], 1.0)
+    codes, tokens, transformer = counters["codes"], counters["text_tokens"], cfg.a2t.transformer
+    text = (codes + tokens) * transformer.flops_per_position((codes + tokens) / clips / 2)
+    text += 2.0 * transformer.d_model * (codes * cfg.model.encoder.d_model + tokens * cfg.a2t.vocab_size)
+    return 3.0 * (codes * cfg.model.flops_per_code(codes / clips) + text)

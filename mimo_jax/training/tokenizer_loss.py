@@ -1,0 +1,198 @@
+"""Loss of the audio tokenizer's first stage: 10 A2T + 1 reconstruction + 1 commitment (report section 2.1).
+
+B rows, S samples, T mel frames (100 Hz), M RVQ frames, U text tokens, V text vocabulary, R levels, I the three scales
+of the reconstruction loss, W frames of one scale. Everything is gathered as sums over the batch (`TokenizerLossSums`),
+and means are taken at the end: so a packed row, a padded one and a batch split over devices give one value, and sums of
+several batches give the loss of all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.audio.features import frame_mel
+from mimo_jax.config import A2TConfig, AudioTokenizerConfig, ComputeConfig, MelConfig, TokenizerLossConfig
+from mimo_jax.models.tokenizer import audio_tokenizer, rvq
+from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
+from mimo_jax.models.tokenizer.segments import same_segment, shift
+from mimo_jax.models.tokenizer.text_decoder import TextDecoder
+from mimo_jax.rows import TokenizerRows
+
+# Scale i has 2^i mel bins, window 15 * 2^(i-1) and hop 15 * 2^(i-2) (240/480/960 and 120/240/480 samples).
+MEL_SCALES = (5, 6, 7)
+# Smallest magnitude that the log reconstruction loss tells from silence. With normalised windows, noise of one 16-bit
+# step has mel magnitudes around 1e-5.
+LOG_FLOOR = 1e-5
+
+
+class TokenizerLossSums(NamedTuple):
+    """Sums over a batch. Add those of several batches with `add_sums`."""
+
+    a2t: jax.Array  # cross-entropy * weight, nats
+    a2t_weight: jax.Array
+    a2t_correct: jax.Array  # weight of the tokens predicted right
+    a2t_clips: jax.Array  # clips with text
+    mel_I: jax.Array  # L1 distance, summed over frames; over bins as `mel_reduction` says
+    mel_frames_I: jax.Array
+    commitment_R: jax.Array  # squared error, mean over the width, summed over vectors
+    vectors_R: jax.Array
+    code_counts: tuple[jax.Array, ...]  # for each level, how often each entry was chosen
+
+
+def add_sums(a: TokenizerLossSums, b: TokenizerLossSums) -> TokenizerLossSums:
+    """Sums of two batches together."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def loss_terms(sums: TokenizerLossSums, loss: TokenizerLossConfig) -> dict[str, jax.Array]:
+    """The loss and its terms from sums: `loss`, `a2t`, `mel`, `commitment`, `a2t_accuracy`, `mel_5` to `mel_7`."""
+    mel_I = sums.mel_I / jnp.maximum(sums.mel_frames_I, 1)
+    denominator = sums.a2t_weight if loss.a2t_reduction == "mean" else sums.a2t_clips
+    a2t = sums.a2t / jnp.where(denominator > 0, denominator, 1)
+    weight = jnp.where(sums.a2t_weight > 0, sums.a2t_weight, 1)
+    commitment = jnp.mean(sums.commitment_R / jnp.maximum(sums.vectors_R, 1))
+    mel = jnp.sum(mel_I)
+    total = loss.a2t_weight * a2t + loss.mel_weight * mel + loss.commitment_weight * commitment
+    scales = {f"mel_{i}": mel_I[n] for n, i in enumerate(MEL_SCALES)}
+    terms = {"loss": total, "a2t": a2t, "mel": mel, "commitment": commitment}
+    return terms | {"a2t_accuracy": sums.a2t_correct / weight} | scales
+
+
+def level_statistics(sums: TokenizerLossSums) -> tuple[jax.Array, jax.Array]:
+    """Share of the entries in use and perplexity of each level: two arrays [R] (see `rvq.usage_and_perplexity`)."""
+    return rvq.usage_and_perplexity(sums.code_counts)
+
+
+def tokenizer_loss(
+    model: AudioTokenizer,
+    text_decoder: TextDecoder,
+    params: dict[str, Any],
+    codebook: rvq.Codebook,
+    rows: TokenizerRows,
+    loss: TokenizerLossConfig,
+    rng: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[TokenizerLossSums, rvq.Codebook]]:
+    """Loss of a batch of packed rows.
+
+    Args:
+        model: the audio tokenizer.
+        text_decoder: the decoder of the A2T objective; not run when the rows have no room for text (U = 0).
+        params: {"audio_tokenizer": ..., "text_decoder": ...}.
+        codebook: state before the step.
+        rows: packed clips.
+        loss: weights and reductions.
+        rng: random key of the step, for quantiser dropout and dead codes. None evaluates: all levels are used, and the
+            codebook stays.
+
+    Returns:
+        The loss, and (sums, codebook after the step).
+    """
+    variables = {"params": params["audio_tokenizer"], "codebook": codebook}
+    out = model.apply(variables, rows, rng is not None, rng)
+    a2t = dict.fromkeys(("a2t", "a2t_weight", "a2t_correct", "a2t_clips"), jnp.zeros((), out.squared_error_R.dtype))
+    if rows.text_BU.shape[1] > 0:
+        logits_BUV = text_decoder.apply(
+            {"params": params["text_decoder"]},
+            out.quantized_BMD,
+            out.segment_ids_BM,
+            rows.text_BU,
+            rows.text_segment_ids_BU,
+            rows.text_positions_BU,
+        )
+        a2t = _a2t_sums(logits_BUV, rows)
+    mel_I, mel_frames_I = mel_distance(out.wav_BS, rows, model.config, loss)
+    sums = TokenizerLossSums(
+        **a2t,
+        mel_I=mel_I,
+        mel_frames_I=mel_frames_I,
+        commitment_R=out.squared_error_R,
+        vectors_R=out.vectors_R,
+        code_counts=out.code_counts,
+    )
+    return loss_terms(sums, loss)["loss"], (sums, out.codebook)
+
+
+def _a2t_sums(logits_BUV: jax.Array, rows: TokenizerRows) -> dict[str, jax.Array]:
+    weights_BU = jnp.where(rows.text_segment_ids_BU > 0, rows.text_weights_BU, 0).astype(logits_BUV.dtype)
+    chosen_BU = jnp.take_along_axis(logits_BUV, rows.text_targets_BU[..., None], axis=-1)[..., 0]
+    cross_entropy_BU = jax.nn.logsumexp(logits_BUV, axis=-1) - chosen_BU
+    correct_BU = jnp.argmax(logits_BUV, axis=-1) == rows.text_targets_BU
+    # A clip's text counts once, at its first token.
+    first_BU = (rows.text_segment_ids_BU > 0) & ~same_segment(rows.text_segment_ids_BU, 1) & (weights_BU > 0)
+    return {
+        "a2t": jnp.sum(weights_BU * cross_entropy_BU),
+        "a2t_weight": jnp.sum(weights_BU),
+        "a2t_correct": jnp.sum(weights_BU * correct_BU),
+        "a2t_clips": jnp.sum(first_BU.astype(weights_BU.dtype)),
+    }
+
+
+def mel_scale_config(scale: int, sample_rate: int) -> MelConfig:
+    """Mel spectrogram of scale i: 2^i bins, window 15 * 2^(i-1), hop 15 * 2^(i-2) samples."""
+    window = 15 * 2 ** (scale - 1)
+    return MelConfig(sample_rate, n_fft=window, win_length=window, hop_length=window // 2, n_mels=2**scale)
+
+
+def mel_distance(
+    wav_BS: jax.Array, rows: TokenizerRows, config: AudioTokenizerConfig, loss: TokenizerLossConfig
+) -> tuple[jax.Array, jax.Array]:
+    """L1 distances of the mel spectrograms of reconstruction and truth, over frames that lie inside one clip.
+
+    Args:
+        wav_BS: reconstruction; sample 0 of a slot is sample 0 of its clip.
+        rows: packed clips. The last T_i-th mel frame of a clip may be only partly filled by it, so its first
+            hop * (T_i - 1) samples count.
+        config: the audio tokenizer.
+        loss: `mel_scale` and `mel_reduction` are used.
+
+    Returns:
+        Distances summed over frames [I], and numbers of frames [I].
+    """
+    # In its slot a clip begins after n_fft / 2 reflected samples.
+    true_BS = shift(rows.wav_BS, -(config.mel.n_fft // 2)).astype(wav_BS.dtype)
+    ids_BT = rows.segment_ids_BT
+    ids_BT = jnp.where(ids_BT == shift(ids_BT, -1), ids_BT, 0)
+    both = jnp.concatenate([wav_BS, true_BS])
+    distances, frames = [], []
+    for scale in MEL_SCALES:
+        mel_config = mel_scale_config(scale, config.mel.sample_rate)
+        mel = frame_mel(both, mel_config, normalized=True)
+        if loss.mel_scale == "log":
+            mel = jnp.log(jnp.maximum(mel, LOG_FLOOR))
+        made, true = jnp.split(mel, 2)
+        distance_BW = jnp.abs(made - jax.lax.stop_gradient(true))
+        distance_BW = distance_BW.mean(-1) if loss.mel_reduction == "mean" else distance_BW.sum(-1)
+        inside_BW = _frames_inside(ids_BT, config.mel.hop_length, mel_config, distance_BW.shape[1])
+        distances.append(jnp.sum(jnp.where(inside_BW, distance_BW, 0)))
+        frames.append(jnp.sum(inside_BW.astype(distance_BW.dtype)))
+    return jnp.stack(distances), jnp.stack(frames)
+
+
+def _frames_inside(ids_BT: jax.Array, hop: int, config: MelConfig, count: int) -> jax.Array:
+    """Whether the first and the last sample of each frame are in one clip: bool [B, count]."""
+    first_W = np.arange(count) * config.hop_length
+    last_W = first_W + config.win_length - 1
+    last = ids_BT[:, np.minimum(last_W // hop, ids_BT.shape[1] - 1)]
+    first = ids_BT[:, first_W // hop]
+    return (first > 0) & (first == last) & (last_W // hop < ids_BT.shape[1])
+
+
+def init_variables(
+    model: AudioTokenizerConfig, a2t: A2TConfig, compute: ComputeConfig, key: jax.Array
+) -> dict[str, Any]:
+    """Random variables of the first stage: {"params": {"audio_tokenizer", "text_decoder"}, "codebook"}.
+
+    Parameters are boxed with their logical axes. Use `jax.eval_shape` for shapes alone.
+    """
+    key_tokenizer, key_text = jax.random.split(key)
+    tokenizer = audio_tokenizer.init_variables(model, compute, key_tokenizer)
+    ids = jnp.ones((1, 1), jnp.int32)
+    decoder = TextDecoder(a2t, model.encoder.d_model, compute)
+    quantized = jnp.zeros((1, 1, model.encoder.d_model), jnp.dtype(compute.param_dtype))
+    text = decoder.init(key_text, quantized, ids, ids, ids, ids)
+    params = {"audio_tokenizer": tokenizer["params"], "text_decoder": text["params"]}
+    return {"params": params, "codebook": tokenizer["codebook"]}
