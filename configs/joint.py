@@ -1,13 +1,13 @@
-"""Language model, stage 2: understanding and generation (report section 3). Everything learns; text and 8 audio channels.
+"""Language model, stage 2: understanding and generation (report section 3). Text and 8 audio channels.
 
     mimo-jax train --config configs/joint.py:tiny --workdir runs/joint \
         --config.init_from=runs/understanding --config.data.text_tokenizer=data/text.model \
         --config.data.sources.speech.path=data/shards/speech --config.data.sources.text.path=data/shards/text \
         --config.data.validation.speech.path=data/shards/speech-validation
 
-`7b` as published: 2048 rows x 8192 positions, 5 T positions (2.6 T text, 2.4 T audio, about 107 million hours), learning
-rates 2e-4 / 3e-5 / 2e-4 (patch encoder / LLM / patch decoder), cosine after 1 % warm-up, loss weights
-100-12-8-6-4-2-2-1-1. The smaller sizes are trained from scratch here and have their own rates.
+`7b` as published: 2048 rows x 8192 positions, 5 T positions (2.6 T text, 2.4 T audio, about 107 million hours),
+learning rates 2e-4 / 3e-5 / 2e-4 (patch encoder / LLM / patch decoder), cosine after 1 % warm-up, loss
+weights 100-12-8-6-4-2-2-1-1. The smaller sizes are trained from scratch here and have their own rates.
 """
 
 from ml_collections import ConfigDict

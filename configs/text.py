@@ -1,8 +1,8 @@
 """Text-only pre-training: the language model that the audio stages start from.
 
     mimo-jax train --config configs/text.py:tiny --workdir runs/text \
-        --config.data.sources.text.path=data/shards/text --config.data.validation.text.path=data/shards/text-validation \
-        --config.data.text_tokenizer=data/text.model
+        --config.data.sources.text.path=data/shards/text --config.data.text_tokenizer=data/text.model \
+        --config.data.validation.text.path=data/shards/text-validation
 
 The published system starts from MiMo-7B-Base; this config trains such a start. Budgets and learning rates are ours.
 """

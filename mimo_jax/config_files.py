@@ -1,8 +1,8 @@
 """Settings in and out: config files, command-line overrides, JSON.
 
 A config file builds a dataclass of `config` and hands it out as `ml_collections.ConfigDict` (`to_config_dict`).
-Whatever comes back, with overrides applied, becomes the dataclass again (`build`), which refuses unknown keys, wrong types and
-impossible values by name, before anything is compiled.
+Whatever comes back, with overrides applied, becomes the dataclass again (`build`), which refuses unknown keys, wrong
+types and impossible values by name, before anything is compiled.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def audio_tokenizer(size: str) -> AudioTokenizerConfig:
         encoder=TransformerConfig.codec(d, layers, heads, d_ff, causal=False),
         decoder=TransformerConfig.codec(d, layers, heads, d_ff, causal=True),
         vocoder=TransformerConfig.codec(v, v_layers, v_heads, v_ff, causal=False, window=(40, 10)),
-        # A tiny batch has about as many vectors as the first codebook has entries: a threshold of 2 would call most dead.
+        # A tiny batch has about as many vectors as a codebook has entries: a threshold of 2 would call most dead.
         rvq=RVQConfig(dead_code_threshold=0.2) if size == "tiny" else RVQConfig(),
         encoder_skip_layer=3,
     )

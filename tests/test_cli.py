@@ -369,7 +369,8 @@ def test_ingested_shards_can_be_indexed_and_shown(home, capsys, tmp_path):
     config = lm_config(home)
     (tmp_path / "job.py").write_text(
         "import json\nfrom mimo_jax import config_files as files\n"
-        f"def get_config():\n    return files.to_config_dict(files.from_config_dict(json.loads({files.to_json(config)!r})))\n"
+        "def get_config():\n    return files.to_config_dict(files.from_config_dict(json.loads(TEXT)))\n"
+        f"TEXT = {files.to_json(config)!r}\n"
     )
     assert run("data", "show", "--config", tmp_path / "job.py", "--layout", "tts", "--rows", 1) == 0
     page = capsys.readouterr().out

@@ -42,7 +42,7 @@ def train_language_model(cfg: LMTrainConfig, workdir: str | os.PathLike[str]) ->
         OSError: the working directory or a data file cannot be read or written.
         CheckpointError, TrainingError, SystemExit: see `loop.train_loop`.
     """
-    with loop.working_directory(workdir, cfg) as folder:
+    with loop.working_directory(workdir) as folder:
         # Mesh
         mesh = make_mesh(cfg.mesh)
         loop.check_rows(cfg.data.rows, cfg.run.accumulation, mesh)
@@ -111,6 +111,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
             init = jax.jit(init_params, static_argnums=(0, 1), out_shardings={"params": placed.params})
             params = init(cfg.model, cfg.compute, key)["params"] | params
         state = jax.jit(start, out_shardings=placed, donate_argnums=0)(params)
+    loop.write_config(folder, cfg)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     writer.say(f"{num_params:,} parameters, trained: {', '.join(trained(state.params, rates))}; {mesh.size} devices")
 

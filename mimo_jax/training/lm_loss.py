@@ -227,20 +227,23 @@ def _chunked_cross_entropy(h_BLD, kernel_DV, targets_BL, chunk: int, axis: str |
 
     # The logits are recomputed in the backward pass.
     @jax.checkpoint
-    def one(h_BXD: jax.Array, targets_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("bxd,dv->bxv", h_BXD, kernel_DV, preferred_element_type=wide)
+    def one(h_XD: jax.Array, targets_X: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = jnp.matmul(h_XD, kernel_DV, preferred_element_type=wide)
         top = over_axis(jax.lax.pmax, jax.lax.stop_gradient(logits).max(-1))
         total = over_axis(jax.lax.psum, jnp.exp(logits - top[..., None]).sum(-1))
-        hit = jnp.arange(columns) == (targets_BX - first)[..., None]
+        hit = jnp.arange(columns) == (targets_X - first)[..., None]
         target = over_axis(jax.lax.psum, jnp.where(hit, logits, 0).sum(-1))
         return jnp.log(total) + top - target, target >= top
 
     def chunks(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, num_chunks, size, *x.shape[2:]), 1, 0)
+        x = jnp.moveaxis(x.reshape(B, num_chunks, size, *x.shape[2:]), 1, 0)
+        return x.reshape(num_chunks, B * size, *x.shape[3:])
 
     _, (ce, correct) = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, (chunks(h_BLD), chunks(targets_BL)))
-    ce, correct = (jnp.moveaxis(x, 0, 1).reshape(B, num_chunks * size)[:, :L] for x in (ce, correct))
+    ce, correct = (
+        jnp.moveaxis(x.reshape(num_chunks, B, size), 0, 1).reshape(B, num_chunks * size)[:, :L] for x in (ce, correct)
+    )
     return ce, correct
 
 

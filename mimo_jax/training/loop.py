@@ -70,10 +70,8 @@ class View:
 
 
 @contextlib.contextmanager
-def working_directory(workdir: str | os.PathLike[str], config: JobConfig) -> Iterator[Path]:
+def working_directory(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes sure that this run, and no other, can write to `workdir`, and keeps it so until the end of the block.
-
-    Writes the resolved settings to `config.json`, for people; a checkpoint carries its own copy.
 
     Raises:
         OSError: the folder cannot be made or written; names it and says why.
@@ -90,8 +88,13 @@ def working_directory(workdir: str | os.PathLike[str], config: JobConfig) -> Ite
         raise type(error)(error.errno, f"working directory is not writable ({error.strerror})", str(folder)) from error
     with lock:
         _lock(lock, folder)
-        atomic_write(folder / CONFIG_FILE, (to_json(config) + "\n").encode())
         yield folder
+
+
+def write_config(folder: Path, config: JobConfig) -> None:
+    """Writes the settings of the run to `config.json`, for people: a checkpoint carries its own copy."""
+    if jax.process_index() == 0:
+        atomic_write(folder / CONFIG_FILE, (to_json(config) + "\n").encode())
 
 
 def _lock(file: Any, folder: Path) -> None:

@@ -48,7 +48,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, workdir: str | os.PathLike[str]) 
             f"run.accumulation: expected 1, got {cfg.run.accumulation}: the codebooks learn from whole batches; "
             "use fewer data.rows or more devices"
         )
-    with loop.working_directory(workdir, cfg) as folder:
+    with loop.working_directory(workdir) as folder:
         # Mesh
         mesh = make_mesh(cfg.mesh)
         loop.check_rows(cfg.data.rows, 1, mesh)
@@ -118,6 +118,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         loader.restore(position)  # the first batch is used again, by the first step
         codebook = jax.jit(lambda tree: tree, out_shardings=placed.codebook)(codebook)
         state = dataclasses.replace(state, codebook=codebook)
+    loop.write_config(folder, cfg)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     writer.say(f"{num_params:,} parameters, {cfg.model.rvq.num_levels} codebooks; {mesh.size} devices")
 

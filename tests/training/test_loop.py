@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import jax
@@ -126,7 +127,8 @@ def test_run_with_other_settings_or_in_use_is_refused(whole):
     other = dataclasses.replace(toy.make_config(12), run=dataclasses.replace(toy.make_config(12).run, seed=1))
     with pytest.raises(checkpoint.CheckpointError, match=r"run\.seed was 0 and is 1"):
         toy.train(whole[0], other, toy.ToyLoader())
-    with loop.working_directory(whole[0], other), pytest.raises(loop.TrainingError, match="another process"):
+    assert json.loads((whole[0] / "config.json").read_text())["run"]["seed"] == 0, "the run keeps its own settings"
+    with loop.working_directory(whole[0]), pytest.raises(loop.TrainingError, match="another process"):
         toy.train(whole[0], toy.make_config(12), toy.ToyLoader())
 
 

@@ -103,7 +103,7 @@ def describe(sums: dict) -> dict:
 def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState:
     """The toy job: the same sequence of calls as the real ones."""
     run = config.run
-    with loop.working_directory(workdir, config) as folder:
+    with loop.working_directory(workdir) as folder:
         mesh = make_mesh(config.mesh)
         optimizer = make_optimizer(config.optimizer, RATES, run.steps)
 
@@ -148,6 +148,7 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
             state, counters = jax.jit(start, out_shardings=placed)(key), {}
         else:
             state, counters = restored[0], restored[1]["counters"]
+        loop.write_config(folder, config)
         writer = MetricsWriter(folder, None if restored is None else int(state.step))
         try:
             return loop.train_loop(
