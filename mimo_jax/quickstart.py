@@ -99,7 +99,12 @@ class Quickstart:
 
     def run(self) -> Path:
         """Runs all stages; see `run_quickstart`."""
+        import jax
+
         begin, begin_cpu = time.perf_counter(), _cpu_seconds()
+        # The stages have programs in common, and a run that goes on after a stop has compiled most of its own before.
+        jax.config.update("jax_compilation_cache_dir", str((self.out / "compiled").absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         own = [part for folder in self.audio for part in ("--audio", folder)]
         quickstart = _commands([["quickstart", "--out", self.out, *own]])
 

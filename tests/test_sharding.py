@@ -72,11 +72,13 @@ def test_sharded_loss_and_gradients_equal_one_device(sizes):
         model = AudioLM(lm_cases.CONFIG, dataclasses.replace(lm_cases.COMPUTE64, remat="full"))
         step = jax.value_and_grad(lambda p, r: lm_loss(model, p, r, loss), has_aux=True)
         params = lm_cases.params64()
-        (expected, sums), gradient = jax.jit(step)(params, rows)
+        (expected, sums), gradient = jax.jit(step, compiler_options=lm_cases.QUICK)(params, rows)
         places = shardings(abstract_params(lm_cases.CONFIG, lm_cases.COMPUTE64), mesh)["params"]
         with jax.set_mesh(mesh):
             spread = jax.device_put(params, places)
-            (value, spread_sums), spread_gradient = jax.jit(step)(spread, jax.device_put(rows, batch_sharding(mesh)))
+            (value, spread_sums), spread_gradient = jax.jit(step, compiler_options=lm_cases.QUICK)(
+                spread, jax.device_put(rows, batch_sharding(mesh))
+            )
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     for a, b in zip(spread_sums, sums, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10)

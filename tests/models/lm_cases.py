@@ -24,6 +24,8 @@ CONFIG = AudioLMConfig(
 )
 COMPUTE = ComputeConfig()
 COMPUTE64 = ComputeConfig(dtype="float64", param_dtype="float64")
+# Options of `jax.jit`: compiling takes nearly all of the time of these tests, and this halves it.
+QUICK = {"xla_backend_optimization_level": 0}
 MODEL, MODEL64 = AudioLM(CONFIG, COMPUTE), AudioLM(CONFIG, COMPUTE64)
 
 

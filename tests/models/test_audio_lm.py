@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -28,10 +29,9 @@ class Case:
         self.expected = np.load(folder / "expected.npz")
         self.tolerances = json.loads((parity_dir / "manifest.json").read_text())[f"lm/{case}/expected.npz"]
         self.model = AudioLM(self.config, ComputeConfig())
-        self.apply = jax.jit(self.model.apply, static_argnames="method")
 
     def run(self, *args, method=None):
-        return self.apply({"params": self.params}, *args, method=method)
+        return _apply(self.model, self.params, *args, method=method)
 
     def close(self, name: str, actual) -> None:
         expected = self.expected[name]
@@ -76,16 +76,15 @@ def _decode_greedily(model, params, h_ND):
     """Codes [N, G, R] of the best guesses, step by step."""
     c = model.config
     codes = np.zeros((len(h_ND), c.group_size, c.num_channels), np.int32)
-    apply = jax.jit(model.apply, static_argnames="method")
     cache = KVCache.zeros(c.patch_decoder, len(h_ND), c.num_steps, jnp.float32)
-    x = apply({"params": params}, h_ND, method="start_patch")
+    x = _apply(model, params, h_ND, method="start_patch")
     for step in range(c.num_steps):
-        logits, cache = apply({"params": params}, x, cache, method="patch_decoder_step")
+        logits, cache = _apply(model, params, x, cache, method="patch_decoder_step")
         active = np.asarray(active_channels(c, step))
         chosen = np.stack([np.asarray(z[:, :-1]).argmax(-1) for z in logits], -1).astype(np.int32)
         for r in np.flatnonzero(active):
             codes[:, step - c.delays[r], r] = chosen[:, r]
-        x = apply({"params": params}, chosen, active, method="embed_codes")
+        x = _apply(model, params, chosen, active, method="embed_codes")
     return codes
 
 
@@ -105,8 +104,9 @@ def test_converted_tree_is_the_tree_of_the_model(case):
     assert set(fresh) == {"llm", "patch_encoder", "patch_decoder"}
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method", compiler_options=lm_cases.QUICK)
 def _apply(model, params, *args, method=None):
-    return jax.jit(lambda p, *a: model.apply({"params": p}, *a, method=method))(params, *args)
+    return model.apply({"params": params}, *args, method=method)
 
 
 def test_patch_steps_equal_teacher_forcing():

@@ -28,8 +28,9 @@ def _params(config, compute=COMPUTE, seed=0):
     return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(x.dtype), params)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _apply(config, params, x, compute=COMPUTE, **kwargs):
-    return jax.jit(lambda p, x, kw: Transformer(config, compute).apply({"params": p}, x, **kw))(params, x, kwargs)
+    return Transformer(config, compute).apply({"params": params}, x, **kwargs)
 
 
 def _x(batch=2, length=10, width=16, seed=1):
@@ -70,13 +71,12 @@ def test_cached_decoding_equals_whole_rows(scan, window):
     compute = dataclasses.replace(COMPUTE, scan_layers=scan)
     params = _params(config)
     params = params if scan else unstack_layers(params, config.num_layers)
-    model = jax.jit(lambda p, x, cache: Transformer(config, compute).apply({"params": p}, x, cache=cache))
     x = _x()
-    whole, _ = model(params, x, None)
+    whole, _ = _apply(config, params, x, compute)
     cache = KVCache.zeros(config, 2, 12, jnp.float32)
     outs = []
     for start, stop in ((0, 4), (4, 5), (5, 6), (6, 10)):
-        y, cache = model(params, x[:, start:stop], cache)
+        y, cache = _apply(config, params, x[:, start:stop], compute, cache=cache)
         outs.append(y)
     np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, atol=2e-5)
     assert cache.lengths_B.tolist() == [10, 10]
