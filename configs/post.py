@@ -7,8 +7,8 @@ conditioned targets only.
         --config.data.validation.speech.path=data/shards/speech-validation
 
 `7b` as published: learning rates 5e-5 / 1e-5 / 5e-5 (patch encoder / LLM / patch decoder), cosine after 1 % warm-up,
-loss weights 100-12-8-6-4-2-2-1-1. Documents are rendered in the pre-training layouts of their tasks, with the conditioning
-side taken out of the targets (`target_conditioning`).
+loss weights 100-12-8-6-4-2-2-1-1. Documents are rendered in the pre-training layouts of their tasks, with the
+conditioning side taken out of the targets (`target_conditioning`).
 """
 
 from ml_collections import ConfigDict

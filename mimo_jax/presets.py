@@ -49,8 +49,8 @@ def audio_tokenizer(size: str) -> AudioTokenizerConfig:
         encoder=TransformerConfig.codec(d, layers, heads, d_ff, causal=False),
         decoder=TransformerConfig.codec(d, layers, heads, d_ff, causal=True),
         vocoder=TransformerConfig.codec(v, v_layers, v_heads, v_ff, causal=False, window=(40, 10)),
-        # Few steps of few vectors: at decay 0.99 the codebooks cannot follow the encoder and collapse to one entry, and a
-        # batch has about as many vectors as the first codebook entries, so that a threshold of 2 would call most dead.
+        # Few steps of few vectors: at decay 0.99 the codebooks cannot follow the encoder and collapse to one entry, and
+        # a batch has about as many vectors as the first codebook entries: a threshold of 2 would call most dead.
         rvq=RVQConfig(ema_decay=0.8, dead_code_threshold=0.3) if size == "tiny" else RVQConfig(),
         encoder_skip_layer=3,
     )

@@ -345,6 +345,7 @@ class Quickstart:
         from mimo_jax.evals.reconstruction import reconstruct, reconstruction_quality
         from mimo_jax.text.tokenizers import load_text_tokenizer
         from mimo_jax.training.checkpoint import load_params
+        from mimo_jax.training.tokenizer import starting_tokenizer
 
         trained, variables, _ = load_params(self.out / "tokenizer")
         assert isinstance(trained, TokenizerTrainConfig)
@@ -436,38 +437,7 @@ def _bar(name: str, before: Mapping[str, float], after: Mapping[str, float], met
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Models
-
-
-def starting_tokenizer(config: TokenizerTrainConfig) -> dict[str, Any]:
-    """Variables of the audio tokenizer before the first step of a run: random weights, codebooks from k-means."""
-    import jax
-
-    from mimo_jax.data.tokenizer_rows import tokenizer_loader
-    from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
-    from mimo_jax.text.tokenizers import load_text_tokenizer
-    from mimo_jax.training import tokenizer as job
-    from mimo_jax.training import tokenizer_loss
-    from mimo_jax.training.state import TrainState
-
-    init_key, kmeans_key, _ = jax.random.split(jax.random.key(config.run.seed), 3)
-
-    @jax.jit
-    def start(key: jax.Array) -> dict[str, Any]:
-        boxed = tokenizer_loss.init_variables(config.model, config.a2t, config.compute, key)
-        return jax.tree.map(
-            lambda x: x.value if hasattr(x, "names") else x, boxed, is_leaf=lambda x: hasattr(x, "names")
-        )
-
-    variables = start(init_key)
-    loader = tokenizer_loader(config, "train", load_text_tokenizer(config.data.text_tokenizer))
-    try:
-        rows = next(loader)
-    finally:
-        loader.close()
-    state = TrainState.start(variables["params"], (), variables["codebook"])
-    codebook = job.kmeans_start(config, AudioTokenizer(config.model, config.compute), state, rows, kmeans_key)
-    return {"params": variables["params"]["audio_tokenizer"], "codebook": codebook}
+# Training runs
 
 
 def _run_training(config: JobConfig, workdir: Path) -> str:

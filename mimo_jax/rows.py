@@ -19,7 +19,7 @@ class LMRows(NamedTuple):
     """
 
     text_BL: Array  # int32 text id; `<|empty|>` where the position is a patch
-    patches_BCGR: Array  # uint16 on the host, int32 on the device; the row's patches in order
+    patches_BCGR: Array  # uint16; the row's patches in order
     patch_positions_BC: Array  # int32 position of each patch in the row; L = unused slot
     segment_ids_BL: Array  # int32
     positions_BL: Array  # int32, restarts at 0 in each document

@@ -18,6 +18,19 @@ import numpy as np
 
 from mimo_jax.config import MelConfig
 
+# Reconstruction is judged at three scales, in training and in evaluation: scale i has 2^i mel bins, window
+# 15 * 2^(i-1) and hop 15 * 2^(i-2) (240/480/960 and 120/240/480 samples; report section 2.1).
+MEL_SCALES = (5, 6, 7)
+# Smallest magnitude that a log-mel distance tells from silence. With normalised windows, noise of one 16-bit step has
+# mel magnitudes around 1e-5.
+LOG_FLOOR = 1e-5
+
+
+def mel_scale_config(scale: int, sample_rate: int) -> MelConfig:
+    """Mel spectrogram of scale i: 2^i bins, window 15 * 2^(i-1), hop 15 * 2^(i-2) samples."""
+    window = 15 * 2 ** (scale - 1)
+    return MelConfig(sample_rate, n_fft=window, win_length=window, hop_length=window // 2, n_mels=2**scale)
+
 
 def hann_window(length: int, size: int | None = None) -> np.ndarray:
     """Periodic Hann window, zero-padded symmetrically to `size`.

@@ -6,7 +6,6 @@ position in the data is the step, and every process count deals the same global 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -57,7 +56,7 @@ class RowLoader:
         make_row: assembles one row, arrays without the batch axis, from its documents; called from several threads.
         empty: a row that holds nothing.
         rows: rows of the global batch.
-        fingerprint: what determines the stream; see `check_fingerprint`.
+        fingerprint: what determines the stream: a run continues only where it is the same.
         process_index: which part of the batch to read.
         process_count: number of parts, a divisor of `rows`.
         threads: threads that read; 0 reads when asked.
@@ -138,18 +137,12 @@ class RowLoader:
             return {"step": self._step, "block": 0, "block_row": 0}
         return {"step": self._step, "block": block, "block_row": first}
 
-    def restore(self, state: Mapping[str, int], fingerprint: Mapping[str, Any] | None = None) -> None:
-        """Continues from a saved state.
-
-        Args:
-            state: what `state` returned.
-            fingerprint: the `fingerprint` of the loader that saved it; compared when given.
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Continues from what `state` returned; the loader has to have the same fingerprint.
 
         Raises:
-            DataError: the state belongs to other data, or is not one.
+            DataError: it is no state of this stream.
         """
-        if fingerprint is not None:
-            check_fingerprint(fingerprint, self.fingerprint)
         try:
             step, block, row = (int(state[k]) for k in ("step", "block", "block_row"))
         except (KeyError, TypeError, ValueError):
@@ -158,15 +151,6 @@ class RowLoader:
             raise DataError(f"data position: expected a position of this stream, got {dict(state)!r}")
         self._seek(step)
         self.plan.start_from(block, row)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """About how many steps read as many records as all sources have."""
-        return self.plan.rows_per_epoch() / self._rows
-
-    def epochs(self) -> Mapping[str, float]:
-        """How often each source has been gone through."""
-        return self.plan.epochs(self._step * self._rows)
 
     def close(self) -> None:
         """Stops the reading threads. The loader goes on where it was when it is asked for another batch."""
@@ -184,22 +168,3 @@ class RowLoader:
 def _stack(rows: list[Any]) -> Any:
     row_type = type(rows[0])  # LMRows or TokenizerRows
     return row_type(*(np.stack(column) for column in zip(*rows, strict=True)))
-
-
-def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Compares the data fingerprint of a checkpoint with that of the loader that shall continue it.
-
-    Raises:
-        DataError: they differ; the message names the first entry that does.
-    """
-    saved, current = json.loads(json.dumps(dict(saved))), json.loads(json.dumps(dict(current)))
-    for key in sorted({*saved, *current}):
-        a, b = saved.get(key), current.get(key)
-        if a != b:
-            if isinstance(a, dict) and isinstance(b, dict):
-                inner = next(k for k in sorted({*a, *b}) if a.get(k) != b.get(k))
-                key, a, b = f"{key}[{inner}]", a.get(inner), b.get(inner)
-            raise DataError(
-                f"data of the checkpoint: {key}: the checkpoint has {a!r}, the job has {b!r}; "
-                "the stream of batches would not continue"
-            )

@@ -14,7 +14,7 @@ import bisect
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -222,13 +222,3 @@ class RowPlan:
             for number in range(self.num_blocks):
                 self._starts.append(self._starts[-1] + len(self.block(number).rows))
             return self._starts[-1]
-
-    def rows_per_epoch(self) -> float:
-        """About how many rows hold as many records as all sources have."""
-        rows = sum(len(s.records) * s.mean_length for s in self.sources) / self.capacities[0]
-        return max(rows, 1.0)
-
-    def epochs(self, row: int) -> Mapping[str, float]:
-        """How often each source has been gone through before a row (to the precision of a block)."""
-        block, _ = self.locate(row)
-        return {s.name: self.taken(i, block) / self._counts[i] for i, s in enumerate(self.sources)}

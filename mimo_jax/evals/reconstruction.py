@@ -13,16 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from mimo_jax.audio.features import hann_window, mel_filterbank
+from mimo_jax.audio.features import LOG_FLOOR, MEL_SCALES, hann_window, mel_filterbank, mel_scale_config
 from mimo_jax.audio.packing import num_codes, pack_clips, slot_codes
 from mimo_jax.config import AudioTokenizerConfig, ComputeConfig, MelConfig
 from mimo_jax.evals.intervals import Interval, bootstrap, mean_interval
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
-
-# The three scales of the reconstruction loss (report section 2.1): 2^i bins, window 15 * 2^(i-1), hop half of it.
-MEL_SCALES = (5, 6, 7)
-# Smallest magnitude told from silence: with a normalised window, noise of one 16-bit step has mel magnitudes near 1e-5.
-_FLOOR = 1e-5
 
 
 def mel_distance(reference_S: np.ndarray, decoded_S: np.ndarray, sample_rate: int = 24_000) -> tuple[float, int]:
@@ -39,8 +34,7 @@ def mel_distance(reference_S: np.ndarray, decoded_S: np.ndarray, sample_rate: in
     decoded_S = np.pad(decoded_S[: len(reference_S)], (0, max(0, len(reference_S) - len(decoded_S))))
     total, count = 0.0, 0
     for scale in MEL_SCALES:
-        window = 15 * 2 ** (scale - 1)
-        config = MelConfig(sample_rate, n_fft=window, win_length=window, hop_length=window // 2, n_mels=2**scale)
+        config = mel_scale_config(scale, sample_rate)
         reference, decoded = (_log_mel(wav, config) for wav in (reference_S, decoded_S))
         total += float(np.abs(reference - decoded).mean())
         count = len(reference)
@@ -53,7 +47,7 @@ def _log_mel(wav_S: np.ndarray, config: MelConfig) -> np.ndarray:
     frames = np.lib.stride_tricks.sliding_window_view(wav_S, size)[:: config.hop_length]
     window = hann_window(size)
     magnitude = np.abs(np.fft.rfft(frames * (window / np.sqrt(np.sum(window**2))), axis=1))
-    return np.log(np.maximum(magnitude @ mel_filterbank(config), _FLOOR))
+    return np.log(np.maximum(magnitude @ mel_filterbank(config), LOG_FLOOR))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ step is used. A checkpoint restores onto any mesh and any number of processes.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -198,8 +199,9 @@ def make_meta(
     }
 
 
+@functools.cache
 def git_revision() -> str:
-    """Commit of the source tree, with `+changes` where files differ from it; "" outside of a git checkout."""
+    """Commit of the source tree when first asked, `+changes` where files differ; "" outside of a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

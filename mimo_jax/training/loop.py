@@ -109,12 +109,21 @@ def _lock(file: Any, folder: Path) -> None:
 
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises ConfigError unless `rows` can be cut into equal micro-batches, and those over data x fsdp devices."""
+    """Raises ConfigError unless `rows` can be cut into equal micro-batches, and those over data x fsdp devices.
+
+    Nor may devices that hold the same rows (those along `tensor`) belong to several processes: each process reads rows
+    of its own.
+    """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (accumulation * devices):
         raise ConfigError(
             f"data.rows: expected a multiple of run.accumulation * data * fsdp devices "
             f"({accumulation} * {mesh.shape['data']} * {mesh.shape['fsdp']}), got {rows}"
+        )
+    if any(len({d.process_index for d in group}) > 1 for group in mesh.devices.reshape(devices, -1)):
+        raise ConfigError(
+            f"mesh.tensor: expected a divisor of the devices of a process ({jax.local_device_count()}), "
+            f"got {mesh.shape['tensor']}"
         )
 
 
@@ -242,15 +251,20 @@ def described(describe: Callable[[Any], Mapping[str, Any]], sums: Any) -> dict[s
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask the run to stop after the step; a second signal ends the process as usual."""
+    """SIGTERM and Ctrl-C ask the run to stop after the step; a second signal ends the process as usual.
+
+    With several processes nothing is caught here: JAX's preemption service has a handler of SIGTERM of its own, which
+    tells all processes, and replacing it would leave them deaf to the signal.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         with contextlib.suppress(ValueError):  # not in the main thread: then nobody can send us signals
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 self._old[number] = signal.signal(number, self._handle)
         return self
 
@@ -272,7 +286,7 @@ class StopSignal:
             from jax.experimental import multihost_utils
 
             if multihost_utils.reached_preemption_sync_point(step):
-                self.signal = self.signal or signal.SIGTERM
+                self.signal = signal.SIGTERM
                 return True
             return False
         return self.signal is not None

@@ -58,7 +58,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, workdir: str | os.PathLike[str]) 
 
 def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
     run = cfg.run
-    init_key, kmeans_key, _ = jax.random.split(jax.random.key(run.seed), 3)
+    init_key, kmeans_key, _ = _keys(run.seed)
 
     # Data
     text_tokenizer = load_text_tokenizer(cfg.data.text_tokenizer)
@@ -74,7 +74,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         return tokenizer_loss.init_variables(cfg.model, cfg.a2t, cfg.compute, key)
 
     def start(key: jax.Array) -> TrainState:
-        variables = jax.tree.map(lambda x: x.value if _boxed(x) else x, init(key), is_leaf=_boxed)
+        variables = _unboxed(init(key))
         return TrainState.start(variables["params"], optimizer.init(variables["params"]), variables["codebook"])
 
     # Shard
@@ -152,9 +152,36 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         validation.close()
 
 
-def _boxed(x: Any) -> bool:
-    """Whether a leaf is a box that holds an array and the logical names of its axes."""
-    return hasattr(x, "names")
+def _keys(seed: int) -> jax.Array:
+    """Random keys of a run: for the parameters, for k-means, and for what is drawn in steps."""
+    return jax.random.split(jax.random.key(seed), 3)
+
+
+def _unboxed(variables: dict[str, Any]) -> dict[str, Any]:
+    """Takes arrays out of the boxes that hold the logical names of their axes."""
+
+    def boxed(x: Any) -> bool:
+        return hasattr(x, "names")
+
+    return jax.tree.map(lambda x: x.value if boxed(x) else x, variables, is_leaf=boxed)
+
+
+def starting_tokenizer(cfg: TokenizerTrainConfig) -> dict[str, Any]:
+    """Variables of the audio tokenizer before the first step of a run: random weights, codebooks from k-means.
+
+    For evaluation, which compares a trained tokenizer with them; the run itself makes them on its mesh.
+    """
+    init_key, kmeans_key, _ = _keys(cfg.run.seed)
+    init = jax.jit(lambda key: _unboxed(tokenizer_loss.init_variables(cfg.model, cfg.a2t, cfg.compute, key)))
+    variables = init(init_key)
+    loader = tokenizer_loader(cfg, "train")
+    try:
+        rows = next(loader)
+    finally:
+        loader.close()
+    state = TrainState.start(variables["params"], (), variables["codebook"])
+    codebook = kmeans_start(cfg, AudioTokenizer(cfg.model, cfg.compute), state, rows, kmeans_key)
+    return {"params": variables["params"]["audio_tokenizer"], "codebook": codebook}
 
 
 def kmeans_start(
@@ -185,7 +212,7 @@ def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decod
     threshold = cfg.model.rvq.dead_code_threshold
 
     def step(state: TrainState, rows: TokenizerRows) -> tuple[TrainState, StepMetrics]:
-        rng = jax.random.fold_in(jax.random.split(jax.random.key(cfg.run.seed), 3)[2], state.step)
+        rng = jax.random.fold_in(_keys(cfg.run.seed)[2], state.step)
 
         def loss(params: Any) -> Any:
             return tokenizer_loss.tokenizer_loss(model, text_decoder, params, state.codebook, rows, cfg.loss, rng)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.audio.features import frame_mel
+from mimo_jax.audio.features import LOG_FLOOR, MEL_SCALES, frame_mel, mel_scale_config
 from mimo_jax.config import A2TConfig, AudioTokenizerConfig, ComputeConfig, MelConfig, TokenizerLossConfig
 from mimo_jax.models.tokenizer import audio_tokenizer, rvq
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
@@ -22,15 +22,9 @@ from mimo_jax.models.tokenizer.segments import same_segment, shift
 from mimo_jax.models.tokenizer.text_decoder import TextDecoder
 from mimo_jax.rows import TokenizerRows
 
-# Scale i has 2^i mel bins, window 15 * 2^(i-1) and hop 15 * 2^(i-2) (240/480/960 and 120/240/480 samples).
-MEL_SCALES = (5, 6, 7)
-# Smallest magnitude that the log reconstruction loss tells from silence. With normalised windows, noise of one 16-bit
-# step has mel magnitudes around 1e-5.
-LOG_FLOOR = 1e-5
-
 
 class TokenizerLossSums(NamedTuple):
-    """Sums over a batch. Add those of several batches with `add_sums`."""
+    """Sums over a batch. Those of several batches are added leaf by leaf."""
 
     a2t: jax.Array  # cross-entropy * weight, nats
     a2t_weight: jax.Array
@@ -41,11 +35,6 @@ class TokenizerLossSums(NamedTuple):
     commitment_R: jax.Array  # squared error, mean over the width, summed over vectors
     vectors_R: jax.Array
     code_counts: tuple[jax.Array, ...]  # for each level, how often each entry was chosen
-
-
-def add_sums(a: TokenizerLossSums, b: TokenizerLossSums) -> TokenizerLossSums:
-    """Sums of two batches together."""
-    return jax.tree.map(jnp.add, a, b)
 
 
 def loss_terms(sums: TokenizerLossSums, loss: TokenizerLossConfig) -> dict[str, jax.Array]:
@@ -129,12 +118,6 @@ def _a2t_sums(logits_BUV: jax.Array, rows: TokenizerRows) -> dict[str, jax.Array
         "a2t_correct": jnp.sum(weights_BU * correct_BU),
         "a2t_clips": jnp.sum(first_BU.astype(weights_BU.dtype)),
     }
-
-
-def mel_scale_config(scale: int, sample_rate: int) -> MelConfig:
-    """Mel spectrogram of scale i: 2^i bins, window 15 * 2^(i-1), hop 15 * 2^(i-2) samples."""
-    window = 15 * 2 ** (scale - 1)
-    return MelConfig(sample_rate, n_fft=window, win_length=window, hop_length=window // 2, n_mels=2**scale)
 
 
 def mel_distance(

@@ -14,13 +14,14 @@ import pytest
 from data_pipeline.builders import ALL_LAYOUTS, SIZES, CharTokenizer, random_codes, random_record, tiny_model, write_set
 
 from mimo_jax.config import LayoutWeights, LMTrainConfig, SourceConfig
+from mimo_jax.config_files import to_json
 from mimo_jax.data.layouts import ASR, TASKS, Document, Layouts, SpeechSpan, TextSpan
 from mimo_jax.data.lm_rows import assemble_row, lm_loader
-from mimo_jax.data.loader import check_fingerprint
 from mimo_jax.data.records import DataError, Record
 from mimo_jax.data.shards import ShardSet, index_shards, record_entry
 from mimo_jax.data.show import render_row, show_rows
 from mimo_jax.rows import LMRows
+from mimo_jax.training.checkpoint import CheckpointError, check_same_run
 
 CHARS = CharTokenizer()
 
@@ -238,23 +239,22 @@ def test_layouts_are_drawn_by_their_weights_and_anew_each_epoch(corpus: SimpleNa
             tasks.append(ref.task if ref.source == 0 else -1)
     assert np.mean([len(v) > 1 for k, v in drawn.items() if k[0] == 0]) > 0.5
     assert tasks.count(ASR) > 0.08 * sum(t >= 0 for t in tasks)
-    epochs = loader.plan.epochs(300)
-    assert set(epochs) == {"speech", "text"} and all(v > 1 for v in epochs.values())
-    assert loader.steps_per_epoch > 1
+    block, _ = loader.plan.locate(300)
+    assert all(loader.plan.taken(i, block) > len(s.records) for i, s in enumerate(loader.plan.sources))
 
 
 def test_a_checkpoint_of_other_data_is_refused_by_the_entry_that_differs(corpus: SimpleNamespace) -> None:
     saved = json.loads(json.dumps(open_loader(corpus).fingerprint))
     changes = {
         "rows": with_data(corpus.cfg, rows=12),
-        r"settings\[text\]": with_data(
+        r"settings\.text": with_data(
             corpus.cfg,
             sources={
                 **corpus.cfg.data.sources,
                 "text": dataclasses.replace(corpus.cfg.data.sources["text"], weight=0.5),
             },
         ),
-        r"sources\[speech\]": with_data(
+        r"sources\.speech": with_data(
             corpus.cfg,
             sources={
                 **corpus.cfg.data.sources,
@@ -264,10 +264,11 @@ def test_a_checkpoint_of_other_data_is_refused_by_the_entry_that_differs(corpus:
         "seed": dataclasses.replace(corpus.cfg, run=dataclasses.replace(corpus.cfg.run, seed=8)),
     }
     for name, cfg in changes.items():
-        loader = open_loader(corpus, cfg=cfg)
-        with pytest.raises(DataError, match=name):
-            loader.restore({"step": 1, "block": 0, "block_row": 0}, saved)
-    check_fingerprint(saved, open_loader(corpus).fingerprint)
+        meta = {"config": json.loads(to_json(cfg)), "data_fingerprint": saved}
+        with pytest.raises(CheckpointError, match=f"the data changed: {name} was"):
+            check_same_run(meta, cfg, open_loader(corpus, cfg=cfg).fingerprint, "run")
+    same = {"config": json.loads(to_json(corpus.cfg)), "data_fingerprint": saved}
+    check_same_run(same, corpus.cfg, open_loader(corpus).fingerprint, "run")
     with pytest.raises(DataError, match="data position"):
         open_loader(corpus).restore({"step": 1})
     with pytest.raises(DataError, match="data position"):

@@ -55,7 +55,8 @@ class TextDecoder(nn.Module):
             (vocab, width),
             jnp.dtype(self.compute.param_dtype),
         )
-        x = jnp.concatenate([frames(quantized_BMD), table.astype(dtype)[text_BU]], axis=1)
+        # Looked up before it is rounded: the gradients of a row add up in the dtype of the table.
+        x = jnp.concatenate([frames(quantized_BMD), table[text_BU].astype(dtype)], axis=1)
         segment_ids = jnp.concatenate([segment_ids_BM, text_segment_ids_BU], axis=1)
         positions = jnp.concatenate([segment_positions(segment_ids_BM), text_positions_BU], axis=1)
         x, _ = Transformer(self.config.transformer, self.compute, name="transformer")(
