@@ -30,12 +30,12 @@ from mimo_jax.config_files import to_config_dict
 def get_config(size: str | None = None) -> ConfigDict:
     size = presets.check_size(size)
     rows, length, patches, steps, encoder_rate, llm_rate = {
-        "tiny": (4, 256, 192, 200, 2e-3, 1e-3),
+        "tiny": (4, 256, 192, 100, 2e-3, 1e-3),
         "100m": (64, 2048, 1536, 20_000, 1e-3, 5e-4),
         "1b": (512, 8192, 6144, 50_000, 4e-4, 2e-4),
         "7b": (2048, 8192, 6144, 154_972, 2e-4, 3e-5),
     }[size]
-    every = {"tiny": 100}.get(size, 1000)
+    every = {"tiny": 50}.get(size, 1000)
     speech = LayoutWeights(interleaved=0.5, asr=0.4, caption=0.1)
     text_share = 1.2 / 2.6  # of the positions, as published
     return to_config_dict(

@@ -54,7 +54,8 @@ class PatchEncoder(nn.Module):
         sizes = np.array(self.config.audio_vocab_sizes)
         starts = np.cumsum(sizes) - sizes
         # Blanking the rows is one small copy; masking what was looked up makes the backward pass 10 times slower (CPU).
-        table = jnp.asarray(self.embedding, self.compute.dtype).at[starts + sizes - 1].set(0)
+        # Looked up in the parameters' precision: thousands of gradients add up in a row, which bfloat16 would lose.
+        table = jnp.asarray(self.embedding).at[starts + sizes - 1].set(0)
         return [table[codes[..., r] + starts[r]] for r in range(len(sizes))]
 
     def __call__(self, patches_NGR: jax.Array) -> jax.Array:

@@ -113,7 +113,10 @@ class Linear(nn.Module):
         y = y.reshape(*leading, *self.outputs)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.output_axes)
-            y = y + self.param("bias", zeros, self.outputs, param_dtype).astype(dtype)
+            bias = self.param("bias", zeros, self.outputs, param_dtype)
+            # Added in float32, so that the gradient, a sum over all positions, is one too.
+            wide = jnp.promote_types(dtype, jnp.float32)
+            y = (y.astype(wide) + bias.astype(wide)).astype(dtype)
         return y
 
 

@@ -219,6 +219,8 @@ def _chunked_cross_entropy(h_BLD, kernel_DV, targets_BL, chunk: int, axis: str |
     num_chunks = -(-L // size)
     pad = num_chunks * size - L
     wide = jnp.promote_types(h_BLD.dtype, jnp.float32)
+    # Widened outside the scan and narrowed inside: so the gradient adds up over the chunks in float32.
+    kernel_DV = kernel_DV.astype(wide)
     columns = kernel_DV.shape[1]
     first = 0 if axis is None else jax.lax.axis_index(axis) * columns
 
@@ -228,7 +230,7 @@ def _chunked_cross_entropy(h_BLD, kernel_DV, targets_BL, chunk: int, axis: str |
     # The logits are recomputed in the backward pass.
     @jax.checkpoint
     def one(h_XD: jax.Array, targets_X: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.matmul(h_XD, kernel_DV, preferred_element_type=wide)
+        logits = jnp.matmul(h_XD, kernel_DV.astype(h_XD.dtype), preferred_element_type=wide)
         top = over_axis(jax.lax.pmax, jax.lax.stop_gradient(logits).max(-1))
         total = over_axis(jax.lax.psum, jnp.exp(logits - top[..., None]).sum(-1))
         hit = jnp.arange(columns) == (targets_X - first)[..., None]
@@ -294,9 +296,9 @@ def _sum(model: AudioLM, rows: LMRows, t: LMTargetLosses) -> LMLossSums:
         channel_ce_R=per_channel(trained_BC, t.channels_BCR),
         channel_correct_R=per_channel(trained_BC, t.channel_correct_BCR),
         audio_count=G * trained_BC.sum(dtype=dtype),
-        task_word_ce_K=jnp.einsum("blk,bl->k", task_BLK, t.text_BL),
+        task_word_ce_K=(task_BLK * t.text_BL[..., None]).sum((0, 1)),
         task_word_count_K=task_BLK.sum((0, 1)),
-        task_channel_ce_KR=jnp.einsum("bck,bcr->kr", task_BCK, t.channels_BCR),
+        task_channel_ce_KR=(task_BCK[..., None] * t.channels_BCR[:, :, None]).sum((0, 1)),
         task_audio_count_K=G * task_BCK.sum((0, 1)),
     )
 

@@ -192,3 +192,22 @@ def test_bfloat16_logits_are_float32():
     assert logits.dtype == jnp.float32
     assert jnp.abs(logits - exact).max() < 0.02 * jnp.abs(exact).max()
     assert not jnp.array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_table_gradients_of_bfloat16_add_up_over_thousands_of_patches():
+    """A sum in bfloat16 stops growing after some hundred terms: every patch here hits the same rows of the tables."""
+    params = lm_cases.params()
+    patches = np.broadcast_to(np.array([[3, 2, 1], [4, 1, 0]], np.int32), (4096, 2, 3))
+
+    def table_gradient(dtype: str):
+        model = AudioLM(lm_cases.CONFIG, ComputeConfig(dtype=dtype))
+
+        def total(table):
+            tree = {**params, "patch_encoder": {**params["patch_encoder"], "embedding": table}}
+            h = model.apply({"params": tree}, patches, method="embed_patches")
+            return jnp.sum(h.astype(jnp.float32)) / len(patches)
+
+        return np.asarray(jax.jit(jax.grad(total))(params["patch_encoder"]["embedding"]), np.float64)
+
+    exact, rough = table_gradient("float32"), table_gradient("bfloat16")
+    assert np.linalg.norm(rough - exact) < 0.05 * np.linalg.norm(exact)

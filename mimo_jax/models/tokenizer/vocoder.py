@@ -7,6 +7,7 @@ Source: report section 2.1 and the released code.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -44,8 +45,9 @@ class Vocoder(nn.Module):
         x_BTD, _ = Transformer(self.config.vocoder, self.compute, name="transformer")(
             x_BTD, segment_ids_BL=segment_ids_BT, positions_BL=segment_positions(segment_ids_BT)
         )
-        head = Linear((width,), (mel.n_fft + 2,), ("embed",), (None,), True, self.compute, name="head")(x_BTD)
-        head = head.astype(jnp.promote_types(head.dtype, jnp.float32))
+        # Phases of many radians and logs of magnitudes: bfloat16 would be heard as noise.
+        wide = self.compute if self.compute.dtype == "float64" else dataclasses.replace(self.compute, dtype="float32")
+        head = Linear((width,), (mel.n_fft + 2,), ("embed",), (None,), True, wide, name="head")(x_BTD)
         log_magnitude, phase = jnp.split(head, 2, axis=-1)
         # The minimum stands inside: exp of a large number would make the gradient 0 * inf.
         magnitude = jnp.exp(jnp.minimum(log_magnitude, math.log(MAX_MAGNITUDE)))
