@@ -103,6 +103,13 @@ def message_of(error: BaseException) -> str:
 
 def run_train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
+    if options.distributed or options.coordinator:
+        import jax
+
+        given = (options.coordinator, options.processes, options.process)
+        if options.coordinator and None in given:
+            raise ConfigError("--coordinator: expected --processes and --process beside it")
+        jax.distributed.initialize(*given)
     if isinstance(config, LMTrainConfig):
         from mimo_jax.training.language_model import train_language_model
 
@@ -491,10 +498,18 @@ def _add_train(verbs: Any) -> None:
         "train",
         run_train,
         "Train an audio tokenizer or a language model. A run that was interrupted goes on where it was.",
-        f"{_OVERRIDES}\nThe workdir gets checkpoints/, metrics.jsonl, tensorboard/ and config.json.\n",
+        f"{_OVERRIDES}\nThe workdir gets checkpoints/, metrics.jsonl, tensorboard/, config.json and parameters.txt.\n",
     )
     _config_option(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; made if missing")
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of several processes; TPU pods, Slurm and GKE say which"
+    )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="the same where nothing says which: address of process 0"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: number of processes")
+    parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: this process, from 0")
 
 
 def _add_config(verbs: Any) -> None:

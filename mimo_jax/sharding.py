@@ -23,8 +23,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Logical axis -> mesh axis (None: every device holds the whole axis).
-LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": BATCH_AXES,
+LOGICAL_RULES: Mapping[str, str | None] = {
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -33,10 +32,7 @@ LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "audio_vocab": None,
-    "codebook": None,
     "frame": None,
-    "channels": None,
-    "time": None,
     "norm": None,
 }
 

@@ -228,11 +228,9 @@ def lm_loader(
     capacities = (data.row_length, data.row_patches)
     # Held-out rows must not change with the seed of the run.
     plan = RowPlan(sources, capacities, data.block_documents, cfg.run.seed if train else 0, one_pass=not train)
-    by_name = dict(enumerate(sources))
-
     def make_row(refs: list[DocumentRef]) -> LMRows:
         documents: list[Document | None] = [None] * len(refs)
-        for i, source in by_name.items():
+        for i, source in enumerate(sources):
             places = [k for k, ref in enumerate(refs) if ref.source == i]
             for k, document in zip(places, source.read([refs[k] for k in places]), strict=True):
                 documents[k] = document

@@ -10,7 +10,7 @@ decoder, D LLM width, P patch-decoder width, V text vocabulary, V_r audio vocabu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ import numpy as np
 from mimo_jax.config import AudioLMConfig, ComputeConfig
 from mimo_jax.models.llm import LLM
 from mimo_jax.models.patch_codec import PatchDecoder, PatchEncoder
-from mimo_jax.models.transformer import KVCache, stack_layers, unstack_layers
+from mimo_jax.models.transformer import KVCache, unstack_layers
 from mimo_jax.rows import LMRows
 
 GROUPS = ("llm", "patch_encoder", "patch_decoder")
@@ -186,19 +186,13 @@ def abstract_params(config: AudioLMConfig, compute: ComputeConfig) -> Any:
     return jax.eval_shape(lambda key: _init(config, compute, key), key)
 
 
-def scan_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters with unrolled layers -> the same with scanned layers (`ComputeConfig.scan_layers`)."""
-    return _map_stacks(params, lambda name, stack: stack_layers(stack))
-
-
 def unroll_params(params: Mapping[str, Any], config: AudioLMConfig) -> dict[str, Any]:
     """Parameters with scanned layers -> the same with unrolled layers, which decode faster on CPU."""
     stacks = {"llm": config.llm, "patch_encoder": config.patch_encoder, "patch_decoder": config.patch_decoder}
-    return _map_stacks(params, lambda name, stack: unstack_layers(stack, stacks[name].num_layers))
-
-
-def _map_stacks(params: Mapping[str, Any], f: Callable[[str, Any], Any]) -> dict[str, Any]:
-    return {g: {**params[g], "transformer": f(g, params[g]["transformer"])} for g in GROUPS}
+    return {
+        group: {**params[group], "transformer": unstack_layers(params[group]["transformer"], stack.num_layers)}
+        for group, stack in stacks.items()
+    }
 
 
 def unrolled(compute: ComputeConfig) -> ComputeConfig:

@@ -299,15 +299,7 @@ class Transformer(nn.Module):
         return x, KVCache(k=kv[0], v=kv[1], lengths_B=cache.lengths_B + grown)
 
 
-def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of an unrolled stack (`layers_0`, ...) as those of a scanned one (`layers`, with a leading axis)."""
-    count = sum(name.startswith("layers_") for name in params)
-    layers = [params[f"layers_{i}"] for i in range(count)]
-    rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
-    return {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers), **rest}
-
-
 def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """The inverse of `stack_layers`."""
+    """Parameters of a scanned stack (`layers`, with a leading axis) as those of an unrolled one (`layers_0`, ...)."""
     layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(num_layers)}
     return {**layers, **{name: value for name, value in params.items() if name != "layers"}}

@@ -111,7 +111,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
             init = jax.jit(init_params, static_argnums=(0, 1), out_shardings={"params": placed.params})
             params = init(cfg.model, cfg.compute, key)["params"] | params
         state = jax.jit(start, out_shardings=placed, donate_argnums=0)(params)
-    loop.write_config(folder, cfg)
+    loop.describe_run(folder, cfg, state.params)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     writer.say(f"{num_params:,} parameters, trained: {', '.join(trained(state.params, rates))}; {mesh.size} devices")
 

@@ -26,6 +26,7 @@ from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.state import TrainState, Tree
 
 CONFIG_FILE = "config.json"
+PARAMETERS_FILE = "parameters.txt"
 LOCK_FILE = ".lock"
 
 
@@ -91,10 +92,14 @@ def working_directory(workdir: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder
 
 
-def write_config(folder: Path, config: JobConfig) -> None:
-    """Writes the settings of the run to `config.json`, for people: a checkpoint carries its own copy."""
+def describe_run(folder: Path, config: JobConfig, params: Tree) -> None:
+    """Writes `config.json` (settings) and `parameters.txt` (name, shape and size of every parameter), for people."""
     if jax.process_index() == 0:
+        from clu import parameter_overview
+
         atomic_write(folder / CONFIG_FILE, (to_json(config) + "\n").encode())
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
+        atomic_write(folder / PARAMETERS_FILE, (table + "\n").encode())
 
 
 def _lock(file: Any, folder: Path) -> None:

@@ -118,7 +118,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         loader.restore(position)  # the first batch is used again, by the first step
         codebook = jax.jit(lambda tree: tree, out_shardings=placed.codebook)(codebook)
         state = dataclasses.replace(state, codebook=codebook)
-    loop.write_config(folder, cfg)
+    loop.describe_run(folder, cfg, state.params)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     writer.say(f"{num_params:,} parameters, {cfg.model.rvq.num_levels} codebooks; {mesh.size} devices")
 

@@ -14,7 +14,7 @@ import pytest
 from models import lm_cases, lm_parity
 
 from mimo_jax.config import ComputeConfig
-from mimo_jax.models.audio_lm import AudioLM, active_channels, init_params, scan_params, unroll_params, unrolled
+from mimo_jax.models.audio_lm import AudioLM, active_channels, init_params, unroll_params, unrolled
 from mimo_jax.models.transformer import KVCache, Transformer
 
 NAMES = ("text_only", "text_audio_text", "streaming", "streaming_long_text", "two_audio_nosep")
@@ -151,7 +151,6 @@ def test_unrolled_parameters_compute_the_same():
     split = unroll_params(params, c)
     model = AudioLM(c, unrolled(lm_cases.COMPUTE))
     np.testing.assert_allclose(_apply(model, split, rows), _apply(lm_cases.MODEL, params, rows), atol=1e-5)
-    assert jax.tree.all(jax.tree.map(np.array_equal, scan_params(split), params))
 
 
 def test_empty_ids_contribute_nothing():

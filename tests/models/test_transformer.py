@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.config import ComputeConfig, TransformerConfig
-from mimo_jax.models.transformer import KVCache, Transformer, initializer, stack_layers, unstack_layers
+from mimo_jax.models.transformer import KVCache, Transformer, initializer, unstack_layers
 
 QWEN = TransformerConfig.qwen2(d_model=16, num_layers=3, num_heads=4, head_dim=4, d_ff=32, num_kv_heads=2)
 CODEC = TransformerConfig.codec(d_model=16, num_layers=2, num_heads=4, d_ff=32, causal=False, window=(3, 2))
@@ -103,7 +103,7 @@ def test_right_padded_prompts_decode_as_if_alone():
 
 
 @pytest.mark.parametrize("config", [QWEN, CODEC])
-def test_scanned_equals_unrolled_and_converts_both_ways(config):
+def test_scanned_equals_unrolled(config):
     params = _params(config)
     split = unstack_layers(params, config.num_layers)
     unrolled = Transformer(config, dataclasses.replace(COMPUTE, scan_layers=False))
@@ -112,7 +112,6 @@ def test_scanned_equals_unrolled_and_converts_both_ways(config):
     a, _ = _apply(config, params, _x())
     b, _ = _apply(config, split, _x(), unrolled.compute)
     np.testing.assert_allclose(a, b, atol=1e-5)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, stack_layers(split), params))
 
 
 @pytest.mark.parametrize("scan", [True, False])
