@@ -228,6 +228,7 @@ def lm_loader(
     capacities = (data.row_length, data.row_patches)
     # Held-out rows must not change with the seed of the run.
     plan = RowPlan(sources, capacities, data.block_documents, cfg.run.seed if train else 0, one_pass=not train)
+
     def make_row(refs: list[DocumentRef]) -> LMRows:
         documents: list[Document | None] = [None] * len(refs)
         for i, source in enumerate(sources):
