@@ -26,12 +26,12 @@ from mimo_jax.config_files import to_config_dict
 def get_config(size: str | None = None) -> ConfigDict:
     size = presets.check_size(size)
     rows, length, steps, learning_rate = {
-        "tiny": (8, 256, 60, 2e-3),
+        "tiny": (4, 256, 80, 2e-3),
         "100m": (64, 2048, 20_000, 1e-3),
         "1b": (512, 8192, 50_000, 4e-4),
         "7b": (2048, 8192, 500_000, 1.5e-4),
     }[size]
-    every = {"tiny": 30}.get(size, 1000)
+    every = {"tiny": 40}.get(size, 1000)
     text = LayoutWeights(text=1.0)
     return to_config_dict(
         LMTrainConfig(

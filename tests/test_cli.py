@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.builders import WORDS
 from generation import small_speech
 
-from mimo_jax import cli
+from mimo_jax import cli, verbs
 from mimo_jax import config as c
 from mimo_jax import config_files as files
 from mimo_jax.audio.files import AudioError, load_audio, save_wav
@@ -38,7 +38,7 @@ def error_of(capsys, *arguments):
 # Exit statuses and errors
 
 
-def verbs():
+def all_verbs():
     parser = cli.make_parser()
     found = []
 
@@ -55,12 +55,12 @@ def verbs():
 
 
 def test_every_verb_has_a_help_page(capsys):
-    names = {" ".join(v) for v in verbs()}
+    names = {" ".join(v) for v in all_verbs()}
     assert names == {
         "train", "config show", "data ingest", "data ingest-text", "data index", "data show", "text-tokenizer train",
         "generate continue", "generate tts", "generate asr", "quickstart", "prepare debian",
     }  # fmt: skip
-    for words in [[], *verbs()]:
+    for words in [[], *all_verbs()]:
         with pytest.raises(SystemExit) as stop:
             run(*words, "--help")
         assert stop.value.code == 0
@@ -381,13 +381,13 @@ def test_ingested_shards_can_be_indexed_and_shown(home, capsys, tmp_path):
 def test_tokenizer_corpora_are_text_and_the_texts_of_manifests(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.jsonl").write_text('{"audio": "x.wav", "text": "three"}\n{"audio": "y.wav"}\n')
-    assert list(cli.corpus_lines([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")])) == ["one", "two", "three"]
+    assert list(verbs.corpus_lines([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")])) == ["one", "two", "three"]
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"audio": \n')
     with pytest.raises(c.ConfigError, match=r"b\.jsonl:2: expected a JSON object"):
-        list(cli.corpus_lines([str(tmp_path / "b.jsonl")]))
+        list(verbs.corpus_lines([str(tmp_path / "b.jsonl")]))
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(c.ConfigError, match=r"a\.txt: expected UTF-8"):
-        list(cli.corpus_lines([str(tmp_path / "a.txt")]))
+        list(verbs.corpus_lines([str(tmp_path / "a.txt")]))
 
 
 @pytest.mark.parametrize("worker", ["3", "2/2", "a/b", "-1/2"])

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "mimo_jax"
 # A module may import from its own layer and from those below it.
 LAYERS = (
     ("cli",),
+    ("verbs",),
     ("quickstart", "quickstart_report"),
     ("report", "loading"),
     ("scaling",),

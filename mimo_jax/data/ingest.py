@@ -107,6 +107,8 @@ def ingest_audio(
         DataError: the folder holds something else, too many inputs were left out, or the folder cannot be written;
             shards that were finished stay and the same call goes on from there.
     """
+    if threads <= 0:
+        raise DataError(f"threads: expected a positive integer, got {threads}")
     lines = Manifest(manifest)
     if lines.unused_fields and progress:
         print(f"ingest: {lines.path}: fields without a meaning here: {', '.join(lines.unused_fields)}", file=sys.stderr)
@@ -333,7 +335,7 @@ class _TextCorpus:
     def _from_json(path: Path, line: int, data: bytes) -> Mapping[str, str]:
         try:
             values = json.loads(data.decode())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number of too many digits
             raise ManifestError(f"{path}:{line}: expected one JSON object in UTF-8 ({error})") from None
         if not isinstance(values, dict):
             raise ManifestError(f"{path}:{line}: expected a JSON object, got {type(values).__name__}")
@@ -387,6 +389,8 @@ def _make_set(
         raise DataError(f"records_per_shard: expected a positive integer, got {per_shard}")
     if not 0 <= worker[0] < worker[1]:
         raise DataError(f"worker: expected (i, n) with 0 <= i < n, got {worker}")
+    if not 0 <= max_skipped <= 1:
+        raise DataError(f"max_skipped: expected a share from 0 to 1, got {max_skipped}")
     if _prepare(out, settings):
         print(f"ingest: {out} is complete", file=sys.stderr)
     else:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +110,7 @@ class Manifest:
     def _parse(self, line: bytes, number: int) -> Mapping[str, Any]:
         try:
             values = json.loads(line.decode())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number of too many digits
             raise ManifestError(f"{self.path}:{number}: expected one JSON object in UTF-8 ({error})") from None
         if not isinstance(values, dict):
             raise ManifestError(f"{self.path}:{number}: expected a JSON object, got {type(values).__name__}")
@@ -129,7 +128,7 @@ class Manifest:
             texts[name] = (value or "").strip()
             if not _is_text(texts[name]):
                 raise fail(name, "text without lone surrogates", value)
-        if not texts["audio"]:
+        if not texts["audio"] or "\0" in texts["audio"]:
             raise fail("audio", "the path of an audio file", values.get("audio"))
         duration = values.get("duration") or 0.0
         if not _is_time(duration):
@@ -156,7 +155,7 @@ class Manifest:
 
 
 def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
 def _is_text(value: str) -> bool:

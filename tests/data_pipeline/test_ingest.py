@@ -209,6 +209,10 @@ def test_segments_beyond_the_audio_are_counted(tmp_path: Path) -> None:
         ('["a.wav"]', ":3: expected a JSON object, got list"),
         ('{"text": "x"}', ":3: audio: expected the path"),
         ('{"audio": 5}', ":3: audio: expected a string"),
+        ('{"audio": "a\\u0000.wav"}', ":3: audio: expected the path"),
+        ('{"audio": "a.wav", "duration": ' + "9" * 400 + "}", ":3: duration: expected seconds"),
+        ('{"audio": "a.wav", "duration": ' + "9" * 5000 + "}", ":3: expected one JSON object"),
+        ("[" * 100_000, ":3: expected one JSON object"),
         ('{"audio": "a.wav", "text": ["x"]}', ":3: text: expected a string"),
         ('{"audio": "a.wav", "text": "\\ud800"}', ":3: text: expected text without"),
         ('{"audio": "a.wav", "duration": -1}', ":3: duration: expected seconds"),
@@ -232,6 +236,13 @@ def test_a_wrong_manifest_line_is_named_before_any_work(
         return
     with pytest.raises(ManifestError, match=expected):
         ingest_audio(manifest, HashCodec(), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", [{"threads": 0}, {"max_skipped": float("nan")}, {"max_skipped": -1.0}])
+def test_an_impossible_setting_is_named(wavs: Path, tmp_path: Path, setting: dict[str, float]) -> None:
+    with pytest.raises(DataError, match=f"^{next(iter(setting))}: expected"):
+        ingest_audio(wavs, HashCodec(), tmp_path / "out", progress=False, **setting)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
