@@ -24,12 +24,12 @@ from mimo_jax.config_files import to_config_dict
 def get_config(size: str | None = None) -> ConfigDict:
     size = presets.check_size(size)
     rows, row_codes, row_text, learning_rate, steps = {
-        "tiny": (4, 256, 128, 1e-3, 170),
+        "tiny": (4, 256, 128, 1e-3, 150),
         "100m": (32, 1500, 640, 5e-4, 100_000),
         "1b": (256, 1500, 640, 3e-4, 300_000),
         "7b": (512, 1500, 640, 2e-4, 500_000),
     }[size]
-    every = {"tiny": 85}.get(size, 2000)
+    every = {"tiny": 75}.get(size, 2000)
     return to_config_dict(
         TokenizerTrainConfig(
             model=presets.audio_tokenizer(size),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -244,11 +245,21 @@ def _generate_from_audio(options: argparse.Namespace, task: str, generate: Calla
     from mimo_jax.audio.files import load_audio
 
     settings = _settings(options)
+    prompt_seconds = getattr(options, "prompt_seconds", None)
+    if prompt_seconds is not None and not 0 < prompt_seconds < math.inf:
+        raise ConfigError(f"--prompt-seconds: expected a positive number, got {prompt_seconds}")
     model = _speech_model(options, speaks)
     rate = model.codec.config.mel.sample_rate
     wavs = [load_audio(path, rate) for path in options.input]
-    if getattr(options, "prompt_seconds", None) is not None:
-        wavs = [wav[: max(1, round(options.prompt_seconds * rate))] for wav in wavs]
+    if prompt_seconds is not None:
+        wavs = [wav[: max(1, round(prompt_seconds * rate))] for wav in wavs]
+    patch = model.generator.config.group_size
+    for path, wav in zip(options.input, wavs, strict=True):
+        if task == "continue" and model.codec.num_codes(len(wav)) < patch:
+            raise ConfigError(
+                f"{path}: expected at least one patch ({1 / model.patches_per_second:.2f} s) to continue, "
+                f"got {len(wav) / rate:.2f} s"
+            )
     outputs, timing = generate(model, wavs, settings)
     names = [f"{Path(path).stem}-{task}" for path in options.input]
     if len(set(names)) < len(names):

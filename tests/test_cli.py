@@ -315,6 +315,12 @@ def test_continue_writes_the_new_speech_and_a_record(home, capsys):
     assert len(load_audio(home / "out" / "continue" / "1-continue-full.wav")) == prompt + 0.64 * 24_000
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [("nan", "--prompt-seconds: expected"), ("0.05", "0.wav: expected")])
+def test_a_prompt_that_is_no_patch_is_named(home, capsys, seconds, expected):
+    assert generate(home, "continue", "--input", home / "0.wav", "--prompt-seconds", seconds) == 2
+    assert expected in capsys.readouterr().err
+
+
 def test_tts_and_asr_write_their_records(home, capsys):
     (home / "say.txt").write_text("old stone bridges\n\nquiet rivers\n")
     assert generate(home, "tts", "--text", "wise owls", "--text-file", home / "say.txt", "--max-seconds", 0.5) == 0

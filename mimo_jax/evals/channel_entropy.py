@@ -55,9 +55,14 @@ class ChannelEntropies:
         model_N, unigram_N = self.model_NR[:, channel], self.unigram_NR[:, channel]
         return bootstrap(lambda w: 1.0 - (w @ model_N) / (w @ unigram_N), len(model_N))
 
-    def control_gap(self, channel: int) -> Interval:
-        """Nats by which the wrong context is worse than the right one, a paired comparison."""
-        return mean_interval(self.control_NR[:, channel] - self.model_NR[:, channel], self.frames_N)
+    def control_gap(self, channel: int | None = None) -> Interval:
+        """Nats a frame by which the wrong context is worse than the right one, a paired comparison.
+
+        Args:
+            channel: one channel; by default the sum over all.
+        """
+        gap_NR = self.control_NR - self.model_NR
+        return mean_interval(gap_NR.sum(axis=1) if channel is None else gap_NR[:, channel], self.frames_N)
 
 
 def unigrams(records: Iterable[Record], codebook_sizes: Sequence[int]) -> list[np.ndarray]:

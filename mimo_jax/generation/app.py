@@ -220,14 +220,14 @@ def transcribe(
 
     Args:
         model: from an understanding (stage 1) or joint (stage 2) checkpoint.
-        wavs: float waves [S], at least one patch (0.16 s) each.
+        wavs: float waves [S].
         settings: `max_text` and what all tasks share.
 
     Returns:
         One output per wave, in order, and the time it took.
 
     Raises:
-        ConfigError: a wave is too short.
+        ConfigError: a wave is empty.
     """
     started = time.perf_counter()
     codes = model.codec.encode(wavs, num_levels=model.generator.config.num_channels)

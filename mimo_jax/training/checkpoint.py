@@ -16,6 +16,7 @@ import concurrent.futures
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -269,6 +270,7 @@ class CheckpointStore:
         self._keep = keep
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        logging.getLogger("absl").addFilter(_not_raised_later)
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():
@@ -287,6 +289,7 @@ class CheckpointStore:
         import orbax.checkpoint as ocp
 
         self.wait()
+        self._check_space((variables, optimizer))
         items = ocp.args.Composite(
             variables=ocp.args.StandardSave(variables),
             optimizer=ocp.args.StandardSave(optimizer),
@@ -299,6 +302,18 @@ class CheckpointStore:
             self.wait()
         self._thread = threading.Thread(target=self._commit, args=(step,), name=f"commit-{step}", daemon=True)
         self._thread.start()
+
+    def _check_space(self, tree: Tree) -> None:
+        """Finds a full disk before Orbax does, whose threads print pages of tracebacks then. 80 %: Orbax compresses."""
+        if jax.process_count() > 1:
+            return  # processes that come to different answers would wait for each other for ever
+        needed = sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
+        disk = shutil.disk_usage(self.folder)
+        if disk.total and disk.free < 0.8 * needed:
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written: expected about {needed / 1e6:,.0f} MB of free disk "
+                f"space, got {disk.free / 1e6:,.0f} MB; complete ones are untouched: steps {good_steps(self.folder)}"
+            )
 
     def _commit(self, step: int) -> None:
         try:
@@ -389,6 +404,12 @@ class CheckpointStore:
             self._orbax.close()
 
 
+def _not_raised_later(record: logging.LogRecord) -> bool:
+    """Drops the tracebacks that Orbax logs for an error in a thread: the same error reaches `CheckpointStore.wait`."""
+    message = str(record.msg)
+    return "_SignalingThread.run() raised" not in message and "in background save thread" not in message
+
+
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -460,24 +481,32 @@ def load_params(
     return config, read_variables(step_dir, abstract), meta
 
 
-def transfer(path: str | os.PathLike[str], wanted: Tree) -> Tree:
+def transfer(path: str | os.PathLike[str], wanted: Tree, data_fingerprint: Mapping[str, Any] | None = None) -> Tree:
     """Loads the parameter groups that another run has trained.
 
     Args:
         path: working directory or checkpoint of the other run.
         wanted: parameters of this run as `jax.ShapeDtypeStruct` with shardings.
+        data_fingerprint: of this run; where both runs name a text or audio tokenizer, it must be the same one.
 
     Returns:
         The groups of `wanted` that were trained there: a text checkpoint gives `llm`, a joint one all.
 
     Raises:
-        CheckpointError: there is no checkpoint, nothing matches, or a parameter is missing or has another shape.
+        CheckpointError: there is no checkpoint, nothing matches, a parameter is missing or has another shape, or the
+            other run learnt the ids of another tokenizer.
     """
     step_dir = find(path)
-    saved = saved_shapes(step_dir)["params"]
-    groups = [group for group in wanted if group in read_meta(step_dir)["trained_groups"]]
+    saved, meta = saved_shapes(step_dir)["params"], read_meta(step_dir)
+    groups = [group for group in wanted if group in meta["trained_groups"]]
     if not groups:
         raise CheckpointError(f"{step_dir}: no trained group among {sorted(wanted)}; it has {sorted(saved)}")
+    for name in ("text_tokenizer", "audio_tokenizer"):
+        old, new = (fingerprint.get(name) for fingerprint in (meta["data_fingerprint"], data_fingerprint or {}))
+        if old and new and old != new:
+            raise CheckpointError(
+                f"{step_dir}: was trained with {name.replace('_', ' ')} {old}, the data of this run are of {new}"
+            )
     for group in groups:
         old, new = (
             {jax.tree_util.keystr(k, simple=True, separator="/"): leaf.shape for k, leaf in _leaves(tree[group])}

@@ -102,7 +102,8 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
     else:
         writer, counters, params = MetricsWriter(folder), {}, {}
         if cfg.init_from:
-            params = transfer(cfg.init_from, loop.with_shardings(abstract.params, placed.params))
+            wanted = loop.with_shardings(abstract.params, placed.params)
+            params = transfer(cfg.init_from, wanted, loader.fingerprint)
             writer.say(f"{', '.join(sorted(params))} from {cfg.init_from}")
         groups = [group for group in sorted(rates) if group in params or rates[group] > 0]
         if set(params) < set(rates):

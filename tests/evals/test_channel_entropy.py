@@ -119,6 +119,8 @@ def test_summaries_are_means_over_frames_and_paired(params):
     assert result.reduction(1).value == pytest.approx(reduction)
     gap = (result.control_NR - result.model_NR)[:, 0].sum() / total
     assert result.control_gap(0).value == pytest.approx(gap)
+    gaps = [result.control_gap(r).value for r in range(result.model_NR.shape[1])]
+    assert result.control_gap().value == pytest.approx(sum(gaps))
 
 
 def test_single_utterance_has_no_other_context(params):

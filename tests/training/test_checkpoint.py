@@ -191,6 +191,17 @@ def save_and_wait(store: CheckpointStore, variables: dict) -> None:
     store.wait()
 
 
+def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    store.wait()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(CheckpointError, match=r"free disk space, got 0 MB; .*untouched: steps \[1\]"):
+        save(store, 2)
+    store.close()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
 def test_save_that_fails_leaves_older_checkpoints_alone(tmp_path):
     """A limit on the size of files stands in for a full disk: the system refuses to write on."""
     store = CheckpointStore(tmp_path)
@@ -274,6 +285,16 @@ def test_transfer_names_the_parameter_and_both_shapes(saved):
         checkpoint.transfer(saved, wanted({"llm": {"kernel": jnp.zeros((8, 13))}}))
     with pytest.raises(CheckpointError, match=r"llm/bias: expected \(3,\), the checkpoint has no such parameter"):
         checkpoint.transfer(saved, wanted({"llm": {"kernel": jnp.zeros((8, 12)), "bias": jnp.zeros(3)}}))
+
+
+def test_transfer_from_a_run_with_another_tokenizer_is_refused(saved):
+    meta = saved / "checkpoints" / "3" / "meta" / "metadata"
+    values = json.loads(meta.read_text()) | {"data_fingerprint": {"text_tokenizer": "a", "audio_tokenizer": ""}}
+    meta.write_text(json.dumps(values))
+    checkpoint._write_marker(saved / "checkpoints" / "3")
+    assert checkpoint.transfer(saved, wanted(), {"text_tokenizer": "a", "audio_tokenizer": "b"})
+    with pytest.raises(CheckpointError, match="trained with text tokenizer a, the data of this run are of b"):
+        checkpoint.transfer(saved, wanted(), {"text_tokenizer": "b", "audio_tokenizer": "b"})
 
 
 def test_transfer_from_a_run_that_trained_nothing_of_this_model_is_refused(tmp_path):
