@@ -10,6 +10,7 @@ import argparse
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = overrides
     if overrides and not hasattr(options, "config"):
         parser.error(f"{overrides[0]}: only verbs with --config take overrides")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         options.run(options)
         sys.stdout.flush()

@@ -296,6 +296,7 @@ def _settings(options: argparse.Namespace) -> GenerationSettings:
 def _speech_model(options: argparse.Namespace, speaks: bool) -> SpeechModel:
     from mimo_jax.loading import load_speech_model
 
+    Path(options.out).mkdir(parents=True, exist_ok=True)  # before the work is done that goes there
     return load_speech_model(
         options.checkpoint, options.audio_tokenizer, options.text_tokenizer, step=options.step, speaks=speaks
     )

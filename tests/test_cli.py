@@ -122,7 +122,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def fault(options):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(cli, "run_config_show", fault)
+    monkeypatch.setattr(verbs, "run_config_show", fault)
     with pytest.raises(RuntimeError, match="a fault"):
         run("config", "show", "--config", JOINT)
 
@@ -136,7 +136,7 @@ def test_an_interrupt_ends_with_status_130(monkeypatch, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_config_show", interrupt)
+    monkeypatch.setattr(verbs, "run_config_show", interrupt)
     assert run("config", "show", "--config", JOINT) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -154,7 +154,7 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
     def broken(options):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(cli, "run_config_show", broken)
+    monkeypatch.setattr(verbs, "run_config_show", broken)
     assert "Broken pipe" in error_of(capsys, "config", "show", "--config", JOINT)
 
 

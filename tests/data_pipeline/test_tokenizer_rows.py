@@ -108,7 +108,7 @@ def test_the_stream_resumes_and_is_shared_by_processes(manifest: Path) -> None:
     next(loader)
     state = json.loads(json.dumps(loader.state()))
     again = open_loader(cfg)
-    again.restore(state, json.loads(json.dumps(loader.fingerprint)))
+    again.restore(state)
     assert all(same(a, b) for a, b in zip(whole[2:], again, strict=False))
     for count in (2, 3):
         parts = [open_loader(cfg, index=i, count=count) for i in range(count)]
@@ -116,8 +116,7 @@ def test_the_stream_resumes_and_is_shared_by_processes(manifest: Path) -> None:
             got = [next(p) for p in parts]
             assert same(batch, TokenizerRows(*(np.concatenate(c) for c in zip(*got, strict=True))))
     other = open_loader(job(manifest, max_seconds=0.8))
-    with pytest.raises(DataError, match="max_seconds"):
-        other.restore(state, loader.fingerprint)
+    assert other.fingerprint != loader.fingerprint, "training refuses to go on with other crops"
 
 
 def test_validation_is_one_pass_that_can_be_repeated(manifest: Path) -> None:

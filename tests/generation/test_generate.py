@@ -36,7 +36,9 @@ def config():
 def params(config):
     params = jax.jit(init_params, static_argnums=(0, 1))(config, ComputeConfig(), jax.random.key(0))["params"]
     # Larger than at the start of training, so that the choices of different positions differ.
-    return jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+    # Logits of `<|empty|>` vary most, so that patches are among the choices.
+    return params | {"llm": params["llm"] | {"head": params["llm"]["head"].at[:, EMPTY].multiply(3)}}
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
             state, counters = jax.jit(start, out_shardings=placed)(key), {}
         else:
             state, counters = restored[0], restored[1]["counters"]
-        loop.write_config(folder, config)
+        loop.describe_run(folder, config, state.params)
         writer = MetricsWriter(folder, None if restored is None else int(state.step))
         try:
             return loop.train_loop(
