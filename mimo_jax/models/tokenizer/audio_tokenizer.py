@@ -139,7 +139,7 @@ def _flat(x_BMD: jax.Array) -> jax.Array:
 def init_variables(config: AudioTokenizerConfig, compute: ComputeConfig, key: jax.Array) -> dict[str, Any]:
     """Random variables {"params", "codebook"}; parameters are boxed with their logical axes.
 
-    The codebook is a placeholder until `rvq.init_codebooks` has seen a batch. Use `jax.eval_shape` for shapes alone.
+    The codebook is random until `rvq.init_codebooks` has seen a batch. Use `jax.eval_shape` for shapes alone.
     """
     codes = 2
     rows = {

@@ -67,7 +67,7 @@ def level_from_entries(entries_KD: jax.Array, count_K: jax.Array, epsilon: float
 
 
 def random_level(size: int, width: int, epsilon: float, key: jax.Array, dtype: Any = jnp.float32) -> Level:
-    """Normal entries with counts of 1: a placeholder until `init_codebooks` has seen a batch."""
+    """Normal entries with counts of 1: what a codebook is before `init_codebooks` has seen a batch."""
     return level_from_entries(jax.random.normal(key, (size, width), dtype), jnp.ones((size,), dtype), epsilon)
 
 
