@@ -71,7 +71,7 @@ def quickstart_page(out: Path, stages: Sequence[Stage]) -> Page:
                 "Reconstruction",
                 _samples(samples["reconstruction"], out),
                 "Held-out clips through the audio tokenizer: encoded and decoded. A tokenizer trained for minutes, "
-                "without the adversarial stage, keeps rhythm, pitch and rough timbre.",
+                "without the adversarial stage, keeps rhythm and the broad spectrum, not yet the voice.",
             ),
             Section(
                 "Generated",
