@@ -94,7 +94,7 @@ def shardings(abstract_boxed_variables: Any, mesh: Mesh) -> Any:
         Tree of `NamedSharding`, of the structure of the unboxed variables.
 
     Raises:
-        ValueError: an axis cannot be divided over its mesh axes; the message names parameter, axis and divisor.
+        ConfigError: an axis cannot be divided over its mesh axes; the message names parameter, axis and divisor.
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
@@ -106,7 +106,7 @@ def shardings(abstract_boxed_variables: Any, mesh: Mesh) -> Any:
         for size, name, entry in zip(leaf.value.shape, names, spec, strict=True):
             divisor = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
             if size % divisor:
-                raise ValueError(
+                raise ConfigError(
                     f"{parameter}: axis {name!r} of size {size} cannot be divided over "
                     f"mesh axis {entry!r} of size {divisor}"
                 )
