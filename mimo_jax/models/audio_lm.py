@@ -87,7 +87,13 @@ class AudioLM(nn.Module):
         cache_valid_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states [B, L, D] after the final norm, and the new cache; arguments as in `Transformer`."""
-        return self.llm.hidden(x_BLD, segment_ids_BL, positions_BL, cache, cache_valid_BL)
+        return self.llm.transformer(
+            x_BLD,
+            segment_ids_BL=segment_ids_BL,
+            positions_BL=positions_BL,
+            cache=cache,
+            cache_valid_BL=cache_valid_BL,
+        )
 
     def text_head(self, h: jax.Array) -> jax.Array:
         """Text logits [..., V] of hidden states [..., D]; float32 (float64 for float64)."""

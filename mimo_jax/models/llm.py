@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig
-from mimo_jax.models.transformer import KVCache, Transformer, initializer
+from mimo_jax.models.transformer import Transformer, initializer
 
 
 class LLM(nn.Module):
@@ -32,23 +32,6 @@ class LLM(nn.Module):
         """Text embeddings [B, L, D]; zero where the id is `<|empty|>`."""
         x_BLD = jnp.asarray(self.embedding)[text_BL].astype(self.compute.dtype)
         return jnp.where((text_BL != self.config.empty_id)[..., None], x_BLD, 0)
-
-    def hidden(
-        self,
-        x_BLD: jax.Array,
-        segment_ids_BL: jax.Array | None = None,
-        positions_BL: jax.Array | None = None,
-        cache: KVCache | None = None,
-        cache_valid_BL: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Normed hidden states; arguments as in `Transformer`."""
-        return self.transformer(
-            x_BLD,
-            segment_ids_BL=segment_ids_BL,
-            positions_BL=positions_BL,
-            cache=cache,
-            cache_valid_BL=cache_valid_BL,
-        )
 
     def logits(self, h: jax.Array) -> jax.Array:
         """Text logits [..., V] of hidden states [..., D], float32 (float64 for float64)."""
