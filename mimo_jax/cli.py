@@ -1,7 +1,7 @@
 """The command `mimo-jax`: one verb for each thing the package does.
 
-Exit status: 0 done, 1 a fault of the program (with traceback), 2 something the user can mend (one line on stderr),
-130 interrupted. Modules are imported by the verb that needs them, so `--help` answers at once.
+Exit status: 0 done, 1 a fault of the program (with traceback) or a failed comparison, 2 something the user can mend
+(one line on stderr), 130 interrupted. Modules are imported by the verb that needs them, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mimo_jax import __version__, verbs
-
-if TYPE_CHECKING:
-    pass
 
 CONFIG_FLAG = "--config."
 
@@ -32,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{overrides[0]}: only verbs with --config take overrides")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        options.run(options)
+        failed = options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -44,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
-    return 0
+    return 1 if failed else 0
 
 
 def _nobody_reads() -> bool:
@@ -105,9 +102,13 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_train(subparsers)
     _add_config(subparsers)
+    _add_plan(subparsers)
     _add_data(subparsers)
     _add_text_tokenizer(subparsers)
     _add_generate(subparsers)
+    _add_codec(subparsers)
+    _add_convert(subparsers)
+    _add_parity(subparsers)
     _add_quickstart(subparsers)
     return parser
 
@@ -131,7 +132,7 @@ says what), 130 interrupted.
 
 
 def _verb(
-    subparsers: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, epilog: str = ""
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], bool | None], summary: str, epilog: str = ""
 ) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         name,
@@ -201,6 +202,19 @@ def _add_config(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
+def _add_plan(subparsers: Any) -> None:
+    parser = _verb(
+        subparsers,
+        "plan",
+        verbs.run_plan,
+        "Predict what a language model job takes of each device's memory. Nothing is compiled or read.",
+        "example:\n  mimo-jax plan --config configs/sft.py:7b --devices h100:8 --config.lora.rank=64\n",
+    )
+    _config_option(parser)
+    parser.add_argument("--devices", required=True, metavar="KIND:N", help="as h100:8, h200:1, v5p:64")
+    parser.add_argument("--json", action="store_true", help="as JSON, in bytes")
+
+
 def _worker(text: str) -> tuple[int, int]:
     try:
         i, n = (int(x) for x in text.split("/"))
@@ -241,12 +255,16 @@ def _add_data(subparsers: Any) -> None:
         group,
         "ingest",
         verbs.run_data_ingest,
-        "Turn the recordings of a manifest into shards of RVQ codes. What a killed run has made is kept.",
+        "Turn the recordings of a manifest, or of conversations, into shards of RVQ codes. A killed run can go on.",
         'a line of the manifest:\n  {"audio": "a.wav", "text": "hello", "language": "en", "speaker": "anna", '
         '"caption": "...", "instruction": "...",\n   "segments": [{"start": 0.0, "end": 0.4, "text": "hello"}]}\n'
-        "only `audio` is required; paths are relative to the manifest.\n",
+        "only `audio` is required; paths are relative to the manifest. A conversation is a list of\n"
+        '  {"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "audio", "audio": "a.wav"}]}\n'
+        "and, from the assistant, `thinking` (true, false, null) and `Chain-of-thought`; see docs/data.md.\n",
     )
-    parser.add_argument("--manifest", required=True, metavar="FILE", help="JSONL manifest")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--manifest", metavar="FILE", help="JSONL manifest")
+    inputs.add_argument("--conversations", metavar="FILE", help="conversations to fine-tune on, one a line")
     parser.add_argument("--audio-tokenizer", required=True, metavar="DIR", help="workdir of a tokenizer run")
     parser.add_argument("--step", type=int, help="checkpoint of the tokenizer (default: the newest)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads that read audio (default 2)")
@@ -315,58 +333,213 @@ def _add_text_tokenizer(subparsers: Any) -> None:
     )
 
 
+_INPUT_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "audio": ("--input", dict(nargs="+", metavar="FILE", help="recordings; each is a request")),
+    "text": ("--text", dict(action="append", metavar="TEXT", help="what to say or ask; may be given several times")),
+    "instruction": ("--instruction", dict(metavar="TEXT", help="the style, or what the examples do")),
+    "voice": ("--voice", dict(metavar="FILE", help="recording whose voice to take")),
+    "voice_text": ("--voice-text", dict(metavar="TEXT", help="what it says; base prompts need it")),
+    "system": ("--system", dict(metavar="TEXT", help="how the assistant shall behave")),
+    "history": ("--history", dict(metavar="FILE", help="go on from NAME-history.json of an earlier call")),
+    "examples": (
+        "--example",
+        dict(
+            action="append", nargs=3, metavar=("IN", "OUT", "WORDS"), help="two recordings, what OUT says; repeatable"
+        ),
+    ),
+    "thinking": ("--thinking", dict(action="store_true", default=None, help="let it think before it answers")),
+    "template": ("--template", dict(type=int, metavar="N", help="wording of the request (default: drawn by the seed)")),
+}
+_INPUT_EXAMPLES = {
+    "asr": "--input a.wav b.flac",
+    "tts": '--text "hello there"',
+    "instruct-tts": '--text "hello there" --instruction "whispering"',
+    "understand": '--input a.wav --text "Who is speaking?"',
+    "dialogue": "--input question.wav --voice anna.wav --system 'Be brief.'",
+    "speech-to-text": "--input question.wav --thinking",
+    "chat": '--text "What is a codec?" --history out/chat-0-history.json',
+    "few-shot": '--instruction "Say it happily." --example a.wav b.wav "good day" --input c.wav',
+    "continue": "--input a.wav --prompt-seconds 3",
+    "clone": '--text "hello there" --voice anna.wav --voice-text "what anna says"',
+}
+
+
+_REQUESTS = """\
+
+lines of --requests (recordings relative to the file; each line may have its own seed, limits and samplers):
+  {"task": "tts", "text": "hello", "seed": 3, "temperature": 0.8, "max_seconds": 5, "name": "greeting"}
+  {"task": "dialogue", "audio": "q.wav", "voice": "anna.wav", "system": "Be brief.", "text_top_p": 0.9,
+   "turns": [{"role": "user", "audio": "a.wav"}, {"role": "assistant", "text": "yes", "audio": "b.wav"}]}
+  {"task": "few-shot", "instruction": "...", "audio": "c.wav",
+   "examples": [{"input": "a.wav", "output": "b.wav", "text": "what b.wav says"}]}
+  (other keys: instruction, voice_text, history, thinking, template, min_seconds, max_text, max_new, top_k, top_p,
+   text_temperature, text_top_k, force_text, constrain)
+"""
+
+
 def _add_generate(subparsers: Any) -> None:
+    from mimo_jax.generation.tasks import TASKS
+
     group = _group(subparsers, "generate", "Let a trained model speak and listen.")
+    for name, task in TASKS.items():
+        example = f"mimo-jax generate {name} --checkpoint runs/joint --audio-tokenizer runs/tokenizer --out out"
+        epilog = f"example:\n  {example} \\\n      {_INPUT_EXAMPLES[name]}\n{_REQUESTS}"
+        parser = _verb(group, name, verbs.run_generate, task.summary, epilog)
+        parser.set_defaults(task=name)
+        _add_generate_options(parser, task)
 
-    def add_options(parser: argparse.ArgumentParser, speech: bool) -> None:
-        parser.add_argument("--checkpoint", required=True, metavar="DIR", help="workdir of a language model run")
-        parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
-        parser.add_argument("--audio-tokenizer", required=True, metavar="DIR", help="workdir of the tokenizer run")
-        parser.add_argument("--text-tokenizer", metavar="FILE", help="default: the one that the run's config names")
-        parser.add_argument("--out", required=True, metavar="DIR", help="folder for wav, txt and json; made if missing")
-        parser.add_argument("--seed", type=int, default=0, help="of the first input; the next ones follow (default 0)")
-        parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="inputs at a time (default 8)")
+
+def _add_generate_options(parser: argparse.ArgumentParser, task: Any) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="language model: a run or a converted one")
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument(
+        "--audio-tokenizer", required=True, metavar="DIR", help="its tokenizer: a run or a converted one"
+    )
+    parser.add_argument("--text-tokenizer", metavar="FILE", help="default: the one that the checkpoint names")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for wav, txt and json; made if missing")
+    parser.add_argument(
+        "--prompts",
+        choices=("chat", "base"),
+        help="what the model was trained on: conversations or plain documents (default: as the checkpoint says)",
+    )
+    for field in task.needs + task.takes:
+        if field in _INPUT_FLAGS:
+            flag, settings = _INPUT_FLAGS[field]
+            parser.add_argument(flag, dest=field, **settings)
+    if "text" in task.needs:
+        parser.add_argument("--text-file", action="append", metavar="FILE", help="the same, one line each")
+    if "audio" in task.needs and task.speaks and "instruction" not in task.needs and not task.converses:
+        parser.add_argument("--prompt-seconds", type=float, metavar="S", help="only the beginning of each recording")
+    parser.add_argument(
+        "--requests",
+        metavar="FILE",
+        help="more requests, of any task: see below",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first request; the next ones follow (default 0)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests at a time (default 8)")
+    parser.add_argument("--max-new", type=int, metavar="N", help="positions of an answer, instead of the limits below")
+    parser.add_argument("--max-text", type=int, metavar="N", help="text tokens of an answer at most (default 256)")
+    parser.add_argument(
+        "--free",
+        dest="constrain",
+        action="store_false",
+        default=None,
+        help="also let the model draw ids that its layout has no place for",
+    )
+    parser.add_argument("--text-temperature", type=float, metavar="T", help="text sampler; 0 is greedy (as published)")
+    parser.add_argument("--text-top-k", type=int, metavar="K", help="0 is off")
+    parser.add_argument("--text-top-p", type=float, metavar="P", help="0 is off")
+    if not task.speaks:
+        return
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="speech at most (default 20)")
+    parser.add_argument("--min-seconds", type=float, metavar="S", help="answer at least (default 0)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="speech sampler; 0 is greedy (default 0.9)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (default)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="0 is off (default 0.95)")
+    if "text" in task.needs:
         parser.add_argument(
-            "--free", action="store_true", help="also let the model draw ids that its layout has no place for"
+            "--force-text",
+            action="store_true",
+            default=None,
+            help="say exactly the given words, whatever the model says",
         )
-        text = "greedy" if not speech else "as published for the task"
-        parser.add_argument("--text-temperature", type=float, metavar="T", help=f"text sampler; 0 is greedy ({text})")
-        parser.add_argument("--text-top-k", type=int, metavar="K", help="0 is off")
-        parser.add_argument("--text-top-p", type=float, metavar="P", help="0 is off")
-        if speech:
-            parser.add_argument(
-                "--max-seconds", type=float, default=20.0, metavar="S", help="speech at most (default 20)"
-            )
-            parser.add_argument(
-                "--temperature", type=float, metavar="T", help="speech sampler; 0 is greedy (default 0.9)"
-            )
-            parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (default)")
-            parser.add_argument("--top-p", type=float, metavar="P", help="0 is off (default 0.95)")
 
-    example = "example:\n  mimo-jax generate {} --checkpoint runs/joint --audio-tokenizer runs/tokenizer {} --out out\n"
-    parser = _verb(
-        group,
-        "continue",
-        verbs.run_generate_continue,
-        "Go on speaking after recordings. Writes the new speech, and also prompt and new speech in one.",
-        example.format("continue", "--input a.wav --prompt-seconds 3"),
+
+def _add_codec(subparsers: Any) -> None:
+    group = _group(subparsers, "codec", "Encode recordings with an audio tokenizer, and decode them.")
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--audio-tokenizer", required=True, metavar="DIR", help="a tokenizer run or a converted one"
+        )
+        parser.add_argument("--step", type=int, help="checkpoint of the tokenizer (default: the newest)")
+        parser.add_argument("--out", required=True, metavar="DIR", help="folder of the files; made if missing")
+
+    parser = _verb(group, "encode", verbs.run_codec_encode, "Turn recordings into RVQ codes, NAME.npz.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="recordings")
+    add_options(parser)
+    parser.add_argument("--levels", type=int, metavar="R", help="keep only the first R levels (default: all)")
+    parser.add_argument(
+        "--segment-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="encode in independent segments (default 60, as published; its evaluation suite and toolkit: 30)",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="recordings to continue")
-    parser.add_argument("--prompt-seconds", type=float, metavar="S", help="use only the beginning of each recording")
-    parser.add_argument("--min-seconds", type=float, default=0.0, metavar="S", help="speech at least (default 0)")
-    add_options(parser, speech=True)
-
-    parser = _verb(group, "tts", verbs.run_generate_tts, "Speak texts.", example.format("tts", '--text "hello there"'))
-    parser.add_argument("--text", action="append", metavar="TEXT", help="what to say; may be given several times")
-    parser.add_argument("--text-file", action="append", metavar="FILE", help="what to say, one line each")
-    add_options(parser, speech=True)
-
-    parser = _verb(
-        group, "asr", verbs.run_generate_asr, "Transcribe recordings.", example.format("asr", "--input a.wav b.flac")
+    parser.add_argument(
+        "--reference-quirks", action="store_true", help="with the batching artefacts of the released code"
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="recordings to transcribe")
-    parser.add_argument("--max-text", type=int, default=256, metavar="N", help="text tokens at most (default 256)")
-    add_options(parser, speech=False)
+
+    parser = _verb(group, "decode", verbs.run_codec_decode, "Turn files of codes into recordings, NAME-decoded.wav.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="files that `codec encode` has made")
+    add_options(parser)
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="as if the codes were coming in. A tokenizer of decoder_norm `frame` gives the same wave; the published "
+        "norm, over the whole sequence, another, as in the released streaming decoder",
+    )
+    parser.add_argument(
+        "--chunk-seconds", type=float, default=1.0, metavar="S", help="with --stream: audio of a step (default 1)"
+    )
+
+
+def _bytes(text: str) -> int:
+    number, unit = text[:-2], text[-2:].upper()
+    try:
+        size = int(float(number) * {"MB": 10**6, "GB": 10**9}[unit])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"expected a size as 500MB or 5GB, got {text!r}") from None
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"expected a positive size, got {text!r}")
+    return size
+
+
+def _add_convert(subparsers: Any) -> None:
+    parser = _verb(
+        subparsers,
+        "convert",
+        verbs.run_convert,
+        "Turn published weights into a checkpoint, or a checkpoint of ours into published weights.",
+        "examples:\n"
+        "  mimo-jax convert MiMo-Audio-7B-Instruct --out weights/audio-lm   (or an audio tokenizer)\n"
+        "  mimo-jax convert MiMo-7B-Base --out weights/llm --like configs/understanding.py:7b\n"
+        "  mimo-jax convert runs/joint --out release\n"
+        "a text model (Qwen2, MiMo-7B, Llama) becomes the LLM of a new audio language model, to start a run from with\n"
+        "--config.init_from. Memory is that of one layer, whatever the size.\n",
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder with config.json and safetensors; or workdir of a run, or a checkpoint"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; nothing is overwritten")
+    parser.add_argument(
+        "--like",
+        default="",
+        metavar="FILE:SIZE",
+        help="for a text model: config whose patch encoder and decoder it gets",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of those (default %(default)s)")
+    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
+    parser.add_argument(
+        "--shard-size",
+        type=_bytes,
+        default="5GB",
+        metavar="SIZE",
+        help="largest safetensors file (default %(default)s)",
+    )
+
+
+def _add_parity(subparsers: Any) -> None:
+    parser = _verb(
+        subparsers,
+        "parity",
+        verbs.run_parity,
+        "Compare everything with the arrays of the reference implementation; exit status 1 if one differs.",
+        "example:\n  mimo-jax parity ../shared/parity --only tokenizer/tok_a,sampler --json parity.json\n",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="with manifest.json and the arrays that it lists")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="files that begin so, as tokenizer/tok_a")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
 
 
 def _add_quickstart(subparsers: Any) -> None:

@@ -185,6 +185,8 @@ class RVQConfig:
         commitment: `first` as published (the residual handed on is the straight-through value, so only the first
             level's commitment reaches the encoder) or `all` levels.
         dropout_probability: share of the training segments that are quantised with a random number of levels.
+        reference_quirks: learn as the released code does: dead codes come back as they were (its moving average undoes
+            the replacement in the same step), k-means stores centroids as sums, and commitment is `first`.
     """
 
     codebook_sizes: tuple[int, ...] = (1024, 1024) + (128,) * 18
@@ -194,6 +196,7 @@ class RVQConfig:
     dead_code_threshold: float = 2.0
     commitment: Literal["first", "all"] = "first"
     dropout_probability: float = 0.5
+    reference_quirks: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -217,7 +220,12 @@ class RVQConfig:
 class AudioTokenizerConfig:
     """Audio tokenizer: mel encoder, RVQ, decoder to a coarse mel, vocoder (report section 2.1).
 
-    `encoder_skip_layer` is 1-based; `pool` is the stride of the last down-sampling (1 leaves it out).
+    Attributes:
+        encoder_skip_layer: 1-based.
+        pool: stride of the last down-sampling (1 leaves it out).
+        decoder_norm: what the decoder's two group norms take statistics over: the whole `sequence`, as published, or
+            each `frame`, so that streamed decoding equals decoding at once.
+        resampler: how recordings come to its sample rate; the published models' inputs went through `sinc`.
     """
 
     mel: MelConfig
@@ -228,6 +236,8 @@ class AudioTokenizerConfig:
     encoder_skip_layer: int | None = 3
     stem_stride: int = 2
     pool: int = 2
+    decoder_norm: Literal["sequence", "frame"] = "sequence"
+    resampler: Literal["soxr", "sinc"] = "soxr"
 
     def __post_init__(self) -> None:
         require(
@@ -494,7 +504,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class LayoutWeights:
-    """Share of each pre-training layout among the documents made from a source (they need not sum to 1)."""
+    """Share of each layout among the documents made from a source (they need not sum to 1).
+
+    The `sft` ones are the formats of post-training. A conversation has one format, so there only 0 or not matters.
+    """
 
     text: float = 0.0
     continuation: float = 0.0
@@ -503,6 +516,12 @@ class LayoutWeights:
     tts: float = 0.0
     caption: float = 0.0
     instruct_tts: float = 0.0
+    sft_asr: float = 0.0
+    sft_tts: float = 0.0
+    sft_instruct_tts: float = 0.0
+    sft_understanding: float = 0.0
+    sft_spoken_dialogue: float = 0.0
+    sft_text_dialogue: float = 0.0
 
     def __post_init__(self) -> None:
         values = dataclasses.asdict(self)
@@ -601,6 +620,7 @@ class TokenizerLossConfig:
         mel_reduction: `mean` or `sum` over bins (always a mean over frames).
         a2t_reduction: `mean` over text tokens, or `sum` over the tokens of an utterance, as the report's equation
             has it.
+        vocab_chunk: text positions per device whose logits exist at once.
     """
 
     a2t_weight: float = 10.0
@@ -609,6 +629,7 @@ class TokenizerLossConfig:
     mel_scale: Literal["log", "linear"] = "log"
     mel_reduction: Literal["mean", "sum"] = "mean"
     a2t_reduction: Literal["mean", "sum"] = "mean"
+    vocab_chunk: int = 1024
 
 
 @dataclass(frozen=True)
@@ -682,6 +703,38 @@ class LMLossConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank branches beside frozen matrices: y = x W + alpha / rank (x A) B. Rank 0 trains the matrices themselves.
+
+    Attributes:
+        rank: columns of A, rows of B.
+        alpha: see above.
+        targets: names of the matrices that get one.
+        tables: whether the tables and heads of text and audio are trained in full beside them.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[Literal["q", "k", "v", "out", "up", "gate", "down", "projection", "input", "codes"], ...] = (
+        "q",
+        "k",
+        "v",
+        "out",
+        "up",
+        "gate",
+        "down",
+    )  # every layer of every stack
+    tables: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", "a non-negative integer", self.rank)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class LMTrainConfig:
     """Text pre-training, stage 1 (understanding), stage 2 (joint) and post-training of the language model.
 
@@ -696,6 +749,7 @@ class LMTrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
+    lora: LoRAConfig = LoRAConfig()
     init_from: str = ""
     job: Literal["language_model"] = "language_model"
 
@@ -706,11 +760,18 @@ class LMTrainConfig:
             f"one weight for each of {self.model.num_channels} channels",
             self.loss.channel_weights,
         )
+        require(self.init_from != "" or not self.lora.rank, "init_from", "the checkpoint that adapters stand on", "")
         require(
             self.data.rows % self.run.accumulation == 0,
             "run.accumulation",
             f"a divisor of data.rows ({self.data.rows})",
             self.run.accumulation,
+        )
+        require(
+            self.loss.trains_audio or self.learning_rates.patch_decoder == 0,
+            "learning_rates.patch_decoder",
+            "0, since no audio channel has a loss weight",
+            self.learning_rates.patch_decoder,
         )
         if self.loss.trains_audio:
             require(
@@ -721,9 +782,30 @@ class LMTrainConfig:
             )
 
 
-JOBS: dict[str, type] = {
+@dataclass(frozen=True)
+class TokenizerModelConfig:
+    """What the checkpoint of a converted audio tokenizer holds: a model, no job."""
+
+    model: AudioTokenizerConfig
+    compute: ComputeConfig = ComputeConfig()
+    job: Literal["audio_tokenizer"] = "audio_tokenizer"
+
+
+@dataclass(frozen=True)
+class LMModelConfig:
+    """What the checkpoint of a converted language model holds. `text_tokenizer` is a path within the checkpoint."""
+
+    model: AudioLMConfig
+    compute: ComputeConfig = ComputeConfig()
+    text_tokenizer: str = ""
+    job: Literal["audio_lm"] = "audio_lm"
+
+
+TRAINING_JOBS: dict[str, type] = {
     "tokenizer": TokenizerTrainConfig,
     "tokenizer_adversarial": AdversarialTrainConfig,
     "language_model": LMTrainConfig,
 }
-JobConfig = TokenizerTrainConfig | AdversarialTrainConfig | LMTrainConfig
+JOBS = {**TRAINING_JOBS, "audio_tokenizer": TokenizerModelConfig, "audio_lm": LMModelConfig}
+TrainingConfig = TokenizerTrainConfig | AdversarialTrainConfig | LMTrainConfig
+JobConfig = TrainingConfig | TokenizerModelConfig | LMModelConfig

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
-from mimo_jax.config import JOBS, ConfigError, JobConfig, require
+from mimo_jax.config import JOBS, TRAINING_JOBS, ConfigError, JobConfig, TrainingConfig, require
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
@@ -51,9 +51,13 @@ def from_config_dict(values: ml_collections.ConfigDict | Mapping[str, Any]) -> J
     """
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
-    job = values.get("job")
-    require(job in JOBS, "config.job", f"one of {sorted(JOBS)}", job)
-    return build(JOBS[str(job)], values, "config")
+    return build(_job_class(values, JOBS), values, "config")
+
+
+def _job_class(values: Mapping[str, Any], jobs: Mapping[str, Any]) -> Any:
+    job = str(values.get("job"))
+    require(job in jobs, "config.job", f"one of {sorted(jobs)}", job)
+    return jobs[job]
 
 
 def build(cls: type, values: Mapping[str, Any], name: str) -> Any:
@@ -63,13 +67,9 @@ def build(cls: type, values: Mapping[str, Any], name: str) -> Any:
     for key in values:
         if key not in known:
             raise ConfigError(f"{name}.{key}: unknown setting; known are {', '.join(sorted(known))}")
-    missing = [
-        k
-        for k, f in known.items()
-        if k not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{name}.{missing[0]}: this setting is missing")
+    for key, f in known.items():
+        if key not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{name}.{key}: this setting is missing")
     try:
         return cls(**{key: _convert(hints[key], values[key], f"{name}.{key}") for key in values})
     except ConfigError as error:
@@ -81,9 +81,9 @@ def build(cls: type, values: Mapping[str, Any], name: str) -> Any:
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if (dataclasses.is_dataclass(hint) or origin is Mapping) and not isinstance(value, Mapping):
+        raise ConfigError(f"{name}: expected a group of settings, got {value!r}")
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name}: expected a group of settings, got {value!r}")
         return build(typing.cast(type, hint), value, name)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(_optional_type(hint), value, name)
@@ -95,8 +95,6 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name}: expected a tuple, got {value!r}")
         return tuple(_convert(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
     if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name}: expected a group of settings, got {value!r}")
         return {k: _convert(args[1], v, f"{name}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -112,7 +110,7 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), sort_keys=True)
 
 
-def load_config(spec: str, overrides: Sequence[str] = ()) -> JobConfig:
+def load_config(spec: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     """Loads `FILE:SIZE` and applies `--config.a.b=value` overrides.
 
     Args:
@@ -124,18 +122,17 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> JobConfig:
         ConfigError: the file, a key or a value is wrong.
     """
     values = _load_config_file(spec)
-    job = str(values.get("job"))
-    require(job in JOBS, "config.job", f"one of {sorted(JOBS)}", job)
+    cls = _job_class(values, TRAINING_JOBS)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not key.startswith("--config.") or not equals:
             raise ConfigError(f"{override}: expected --config.KEY=VALUE")
-        _override(JOBS[job], values, key.removeprefix("--config.").split("."), text, "config")
-    return build(JOBS[job], values, "config")
+        _override(cls, values, key.removeprefix("--config.").split("."), text, "config")
+    return build(cls, values, "config")
 
 
 def _load_config_file(spec: str) -> dict[str, Any]:
-    """The nested dictionary that `get_config(SIZE)` of a config file describes."""
+    """What `get_config(SIZE)` of a config file describes."""
     path, colon, argument = spec.rpartition(":")
     if not colon:
         path, argument = spec, ""
@@ -184,7 +181,7 @@ def _parse(hint: Any, text: str, name: str) -> Any:
         return None if text.lower() == "none" else _parse(_optional_type(hint), text, name)
     if origin is tuple:
         items = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
-        return [_parse(args[0], item.strip(), name) for item in items if item.strip()]
+        return [_parse(args[0], item.strip().strip("'\""), name) for item in items if item.strip()]
     if hint is bool:
         require(text.lower() in ("true", "false"), name, "true or false", text)
         return text.lower() == "true"

@@ -22,11 +22,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mimo_jax.atomic import atomic_write
+from mimo_jax.audio.files import load_audio, save_wav
 from mimo_jax.config import ConfigError, JobConfig, LMTrainConfig, TokenizerTrainConfig
 from mimo_jax.config_files import load_config, to_json
+from mimo_jax.corpora.synthetic import build_corpus
+from mimo_jax.data.ingest import ingest_audio, ingest_text
+from mimo_jax.data.manifest import Manifest
+from mimo_jax.data.shards import ShardSet
+from mimo_jax.evals.channel_entropy import channel_entropies
+from mimo_jax.evals.reconstruction import reconstruct, reconstruction_quality
+from mimo_jax.generation import app
+from mimo_jax.loading import load_codec, load_speech_model
+from mimo_jax.models.tokenizer.codec import Codec
+from mimo_jax.quickstart_report import quickstart_page
+from mimo_jax.report import write_page
+from mimo_jax.text.tokenizers import load_text_tokenizer, train_sentencepiece
+from mimo_jax.training import metrics
+from mimo_jax.training.checkpoint import load_params
+from mimo_jax.training.language_model import train_language_model
+from mimo_jax.training.tokenizer import starting_tokenizer, train_tokenizer
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _TEXT_VOCABULARY = 1024
@@ -37,21 +55,13 @@ _EXAMPLES = 4  # held-out clips that are reconstructed, continued, spoken and tr
 
 @dataclass(frozen=True)
 class Stage:
-    """What a finished stage took.
-
-    Attributes:
-        name: of the stage.
-        command: shell command that repeats it.
-        wall: seconds.
-        cpu: seconds, all threads and child processes.
-        note: what came out, in a few words.
-    """
+    """What a finished stage took."""
 
     name: str
-    command: str
-    wall: float
-    cpu: float
-    note: str
+    command: str  # shell command that repeats it
+    wall: float  # seconds
+    cpu: float  # seconds, all threads and child processes
+    note: str  # what came out, in a few words
 
 
 def run_quickstart(
@@ -62,7 +72,7 @@ def run_quickstart(
     steps_scale: float = 1.0,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> Path:
-    """Runs what has not run yet and writes `OUT/report.html`.
+    """Runs what has not run yet and writes `OUT/report.html`; returns its path.
 
     Args:
         out: folder for everything.
@@ -70,9 +80,6 @@ def run_quickstart(
         minutes: synthetic training speech.
         steps_scale: factor on the training steps of `configs/*.py:tiny`; 1 is what the measurements are meant for.
         say: takes a line of progress.
-
-    Returns:
-        Path of the report.
 
     Raises:
         SynthError: the extra `synth` is not installed.
@@ -93,14 +100,10 @@ class Quickstart:
         self._chain = ""  # fingerprint of all inputs so far: a stage depends on every stage before it
         self.corpus = out / "corpus"
         self.text_model = out / "text.model"
-        self.shards = {
-            name: out / "shards" / name for name in ("speech", "speech-validation", "text", "text-validation")
-        }
+        names = ("speech", "speech-validation", "text", "text-validation")
+        self.shards = {name: out / "shards" / name for name in names}
 
     def run(self) -> Path:
-        """Runs all stages; see `run_quickstart`."""
-        import jax
-
         begin, begin_cpu = time.perf_counter(), _cpu_seconds()
         # The stages have programs in common, and a run that goes on after a stop has compiled most of its own before.
         jax.config.update("jax_compilation_cache_dir", str((self.out / "compiled").absolute()))
@@ -110,24 +113,14 @@ class Quickstart:
 
         corpus_inputs = [self.minutes, _recordings(self.audio), _sha256(*_corpus_sources())]
         self._stage("corpus", [self.corpus], corpus_inputs, quickstart, self._corpus)
-        text_arguments = [
-            "train",
-            self.corpus / "train.txt",
-            "--vocab-size",
-            _TEXT_VOCABULARY,
-            "--out",
-            self.text_model,
-        ]
-        text_command = _commands([["text-tokenizer", *text_arguments]])
-        self._stage("text tokenizer", [self.text_model], _TEXT_VOCABULARY, text_command, self._text_tokenizer)
+        text = ["text-tokenizer", "train", self.corpus / "train.txt", "--vocab-size", _TEXT_VOCABULARY]
+        command = _commands([[*text, "--out", self.text_model]])
+        self._stage("text tokenizer", [self.text_model], _TEXT_VOCABULARY, command, self._text_tokenizer)
 
         data = "--config.data."
         texts = {f"{data}text_tokenizer": self.text_model}
-        self._train(
-            "tokenizer",
-            {f"{data}manifest": self.corpus / "train.jsonl", f"{data}validation": self.corpus / "validation.jsonl"}
-            | texts,
-        )
+        clips = {f"{data}manifest": self.corpus / "train.jsonl", f"{data}validation": self.corpus / "validation.jsonl"}
+        self._train("tokenizer", clips | texts)
         self._stage("shards", [self.out / "shards"], "", self._ingest_commands(), self._ingest)
         sources = {f"{data}sources.text.path": self.shards["text"]} | texts
         held_out = {f"{data}validation.speech.path": self.shards["speech-validation"]}
@@ -137,9 +130,6 @@ class Quickstart:
         self._train("joint", {"--config.init_from": self.out / "understanding"} | sources | speech | held_out)
         self._stage("samples", [self.out / "samples"], _EXAMPLES, self._sample_commands(), self._samples)
         self._stage("measurements", [self.out / "measurements.json"], "", quickstart, self._measure)
-
-        from mimo_jax.quickstart_report import quickstart_page
-        from mimo_jax.report import write_page
 
         report = self.out / "report.html"
         write_page(report, quickstart_page(self.out, self.stages))
@@ -154,15 +144,13 @@ class Quickstart:
     # Stamps
 
     def _stage(self, name: str, paths: Sequence[Path], inputs: Any, command: str, make: Callable[[], str]) -> None:
-        """Runs `make` unless its stamp says that it has finished with the same inputs.
+        """Runs `make`, which returns a note, unless its stamp says that it has finished with the same inputs.
 
         Args:
-            name: of the stage.
+            name, command: for the report.
             paths: files and folders that it makes. They are removed when the inputs have changed, and kept when the
                 stage was only interrupted: training and ingest go on from what they find.
             inputs: JSON of what the stage depends on, besides the stages before it.
-            command: for the report.
-            make: returns a note.
         """
         self._chain = hashlib.sha256(json.dumps([self._chain, name, inputs], sort_keys=True).encode()).hexdigest()[:16]
         stamp = self.out / "stages" / f"{name.replace(' ', '-')}.json"
@@ -191,8 +179,6 @@ class Quickstart:
     # Data
 
     def _corpus(self) -> str:
-        from mimo_jax.corpora.synthetic import build_corpus
-
         summary = build_corpus(
             self.corpus, minutes=self.minutes, recorded=[_recorded()], audio=self.audio, progress=self.say
         )
@@ -202,29 +188,18 @@ class Quickstart:
         return f"{train} clips, {seconds / 60:.1f} min; held out {held_out} clips, {held_seconds / 60:.1f} min"
 
     def _text_tokenizer(self) -> str:
-        from mimo_jax.text.tokenizers import train_sentencepiece
-
         lines = (self.corpus / "train.txt").read_text(encoding="utf-8").splitlines()
         tokenizer = train_sentencepiece(lines, self.text_model, _TEXT_VOCABULARY)
         return f"{tokenizer.vocab_size} pieces"
 
     def _ingest(self) -> str:
-        from mimo_jax.data.ingest import ingest_audio, ingest_text
-        from mimo_jax.loading import load_codec
-        from mimo_jax.text.tokenizers import load_text_tokenizer
-
         codec, tokenizer = load_codec(self.out / "tokenizer"), load_text_tokenizer(self.text_model)
         hours, records = 0.0, 0
         for side, suffix in (("train", ""), ("validation", "-validation")):
             manifest, folder = self.corpus / f"{side}.jsonl", self.shards[f"speech{suffix}"]
             speech = ingest_audio(manifest, codec, folder, text_tokenizer=tokenizer)
-            text = ingest_text(
-                [self.corpus / f"{side}.txt"],
-                self.shards[f"text{suffix}"],
-                split="line",
-                language="en",
-                text_tokenizer=tokenizer,
-            )
+            files, folder = [self.corpus / f"{side}.txt"], self.shards[f"text{suffix}"]
+            text = ingest_text(files, folder, split="line", language="en", text_tokenizer=tokenizer)
             assert speech is not None and text is not None  # there is no other worker
             hours, records = hours + speech.info.hours, records + len(speech) + len(text)
         return f"{records} records, {hours * 60:.1f} min of speech"
@@ -262,8 +237,6 @@ class Quickstart:
 
     def _examples(self) -> list[Any]:
         """Held-out clips to show: of as many speakers as possible, recorded ones first."""
-        from mimo_jax.data.manifest import Manifest
-
         entries = [e for e in Manifest(self.corpus / "validation.jsonl") if e.text and e.duration > _PROMPT_SECONDS]
         entries.sort(key=lambda e: e.speaker.startswith("espeak-"))  # stable
         seen: dict[str, int] = {}
@@ -282,17 +255,13 @@ class Quickstart:
         return _commands(
             [
                 ["generate", "continue", "--input", *audio, *limits, *model],
-                ["generate", "tts", *texts, "--max-seconds", _SPOKEN_SECONDS, *model],
+                ["generate", "tts", *texts, "--force-text", "--max-seconds", _SPOKEN_SECONDS, *model],
                 ["generate", "asr", "--input", *audio, "--max-text", _TRANSCRIPT_TOKENS, *model],
             ]
         )
 
     def _samples(self) -> str:
         """Reconstructions, continuations, speech from text, transcripts: files and `samples.json` in `OUT/samples`."""
-        from mimo_jax.audio.files import load_audio, save_wav
-        from mimo_jax.generation import app
-        from mimo_jax.loading import load_speech_model
-
         model = load_speech_model(self.out / "joint", self.out / "tokenizer", self.text_model)
         codec = model.codec
         rate = codec.config.mel.sample_rate
@@ -322,7 +291,8 @@ class Quickstart:
             shown["continuation"].append({"title": entry.speaker, "clips": clips})
 
         texts = [e.text for e in examples]
-        outputs, timing = app.generate_tts(model, texts, app.GenerationSettings(max_seconds=_SPOKEN_SECONDS))
+        settings = app.GenerationSettings(max_seconds=_SPOKEN_SECONDS, force_text=True)
+        outputs, timing = app.generate_tts(model, texts, settings)
         timings["tts"] = dataclasses.asdict(timing)
         for i, (text, output) in enumerate(zip(texts, outputs, strict=True)):
             clips = {"generated": keep(f"tts-{i}", output.wav)} if len(output.wav) else {}
@@ -338,15 +308,6 @@ class Quickstart:
 
     def _measure(self) -> str:
         """Writes `OUT/measurements.json`: audio tokenizer against its start, language model against its references."""
-        from mimo_jax.audio.files import load_audio
-        from mimo_jax.data.manifest import Manifest
-        from mimo_jax.data.shards import ShardSet
-        from mimo_jax.evals.channel_entropy import channel_entropies
-        from mimo_jax.evals.reconstruction import reconstruct, reconstruction_quality
-        from mimo_jax.text.tokenizers import load_text_tokenizer
-        from mimo_jax.training.checkpoint import load_params
-        from mimo_jax.training.tokenizer import starting_tokenizer
-
         trained, variables, _ = load_params(self.out / "tokenizer")
         assert isinstance(trained, TokenizerTrainConfig)
         rate = trained.model.mel.sample_rate
@@ -354,8 +315,8 @@ class Quickstart:
         end = {"params": variables["params"]["audio_tokenizer"], "codebook": variables["codebook"]}
         tokenizer: dict[str, Any] = {}
         for when, state in (("start", starting_tokenizer(trained)), ("end", end)):
-            made = reconstruct(trained.model, trained.compute, state, wavs)
-            quality = reconstruction_quality(made, wavs, trained.model)
+            codec = Codec(trained.model, state["params"], state["codebook"], trained.compute)
+            quality = reconstruction_quality(reconstruct(codec, wavs), wavs, trained.model)
             tokenizer[when] = {
                 "distance": {str(n): interval.to_json() for n, interval in quality.distance.items()},
                 "perplexity": [interval.to_json() for interval in quality.perplexity],
@@ -363,23 +324,21 @@ class Quickstart:
             }
         config, variables, _ = load_params(self.out / "joint")
         assert isinstance(config, LMTrainConfig)
-        held_out = ShardSet(self.shards["speech-validation"])
         entropies = channel_entropies(
             config.model,
             config.compute,
             variables["params"],
             load_text_tokenizer(self.text_model),
             ShardSet(self.shards["speech"]),
-            list(held_out),
+            list(ShardSet(self.shards["speech-validation"])),
             config.data.row_length,
             config.data.row_patches,
         )
         channels = []
         for r in range(config.model.num_channels):
-            figures = {name: entropies.mean(name, r).to_json() for name in ("model", "control", "unigram")}
-            figures |= {"reduction": entropies.reduction(r).to_json()}
-            figures |= {"control_gap": entropies.control_gap(r).to_json()}
-            channels.append(figures)
+            figures = {name: entropies.mean(name, r) for name in ("model", "control", "unigram")}
+            figures |= {"reduction": entropies.reduction(r), "control_gap": entropies.control_gap(r)}
+            channels.append({name: interval.to_json() for name, interval in figures.items()})
         result: dict[str, Any] = {
             "tokenizer": tokenizer,
             "codebook_sizes": list(trained.model.rvq.codebook_sizes),
@@ -403,39 +362,30 @@ def bars(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     "Clearly better" is that the 95 % intervals of start and end do not overlap; "below" and "worse" that the interval
     of the paired difference lies on one side of 0.
     """
+    out: list[dict[str, Any]] = []
+
+    def bar(name: str, found: str, met: bool) -> None:
+        out.append({"name": name, "found": found, "met": met})
+
+    def change(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+        was, now = (f"{x['value']:.3g} ({x['low']:.3g} to {x['high']:.3g})" for x in (before, after))
+        return f"{was} at step 0, {now} now"
+
     start, end = measured["tokenizer"]["start"], measured["tokenizer"]["end"]
     levels = max(end["distance"], key=int)
     before, after = start["distance"][levels], end["distance"][levels]
-    out = [_bar("Log-mel distance clearly below step 0", before, after, after["high"] < before["low"])]
+    bar("Log-mel distance clearly below step 0", change(before, after), after["high"] < before["low"])
     before, after = start["perplexity"][0], end["perplexity"][0]
-    out.append(_bar("Level-1 perplexity clearly above step 0", before, after, after["low"] > before["high"]))
+    bar("Level-1 perplexity clearly above step 0", change(before, after), after["low"] > before["high"])
     for r, channel in enumerate(measured["channels"]):
-        reduction = channel["reduction"]
-        needed = 0.10 if r == 0 else 0.0
-        wanted = "at least 10 % below" if r == 0 else "below"
-        out.append(
-            {
-                "name": f"Channel {r} {wanted} the unigram",
-                "found": f"{-reduction['value']:+.1%} ({-reduction['high']:+.1%} to {-reduction['low']:+.1%})",
-                "met": reduction["value"] >= needed and reduction["low"] > 0,
-            }
-        )
+        wanted, needed = ("at least 10 % below", 0.10) if r == 0 else ("below", 0.0)
+        value, low, high = (channel["reduction"][key] for key in ("value", "low", "high"))
+        found = f"{-value:+.1%} ({-high:+.1%} to {-low:+.1%})"
+        bar(f"Channel {r} {wanted} the unigram", found, value >= needed and low > 0)
     gap = measured["control_gap"]
-    out.append(
-        {
-            "name": "All channels worse with another utterance's context",
-            "found": f"{gap['value']:+.3f} nats a frame ({gap['low']:+.3f} to {gap['high']:+.3f})",
-            "met": gap["low"] > 0,
-        }
-    )
+    found = f"{gap['value']:+.3f} nats a frame ({gap['low']:+.3f} to {gap['high']:+.3f})"
+    bar("All channels worse with another utterance's context", found, gap["low"] > 0)
     return out
-
-
-def _bar(name: str, before: Mapping[str, float], after: Mapping[str, float], met: bool) -> dict[str, Any]:
-    def shown(x: Mapping[str, float]) -> str:
-        return f"{x['value']:.3g} ({x['low']:.3g} to {x['high']:.3g})"
-
-    return {"name": name, "found": f"{shown(before)} at step 0, {shown(after)} now", "met": met}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -444,16 +394,10 @@ def _bar(name: str, before: Mapping[str, float], after: Mapping[str, float], met
 
 def _run_training(config: JobConfig, workdir: Path) -> str:
     if isinstance(config, TokenizerTrainConfig):
-        from mimo_jax.training.tokenizer import train_tokenizer
-
         train_tokenizer(config, workdir)
     else:
-        from mimo_jax.training.language_model import train_language_model
-
         assert isinstance(config, LMTrainConfig)
         train_language_model(config, workdir)
-    from mimo_jax.training import metrics
-
     lines = [x for x in metrics.read(workdir / metrics.METRICS_FILE) if x["split"] == "validation"]
     return f"{config.run.steps} steps, held-out loss {lines[0]['loss']:.3g} -> {lines[-1]['loss']:.3g}"
 
@@ -479,9 +423,9 @@ def _recorded() -> Path:
 
 
 def _corpus_sources() -> list[Path]:
-    folder = Path(__file__).parent / "corpora"
-    sources = [*sorted(folder.glob("*.txt")), folder / "synthetic.py", folder.parent / "audio" / "synth.py"]
-    return [*sources, *([_recorded()] if _recorded().is_file() else [])]
+    package = Path(__file__).parent
+    sources = [*sorted(package.glob("corpora/*.txt")), package / "corpora/synthetic.py", package / "audio/synth.py"]
+    return sources + [path for path in [_recorded()] if path.is_file()]
 
 
 def _recordings(folders: Sequence[Path]) -> list[list[Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,15 +34,7 @@ _LM_STAGES = {"text": "Text LM", "understanding": "Understanding (stage 1)", "jo
 
 
 def quickstart_page(out: Path, stages: Sequence[Stage]) -> Page:
-    """The page of a finished quickstart.
-
-    Args:
-        out: its folder.
-        stages: what ran, in order.
-
-    Raises:
-        OSError: a file of a stage is missing.
-    """
+    """The page of a finished quickstart in `out`; raises OSError if a file of a stage is missing."""
     measured = _read_json(out / "measurements.json")
     samples = _read_json(out / "samples" / "samples.json")["samples"]
     wall, cpu = sum(s.wall for s in stages), sum(s.cpu for s in stages)
@@ -93,17 +84,15 @@ def _results(measured: Mapping[str, Any]) -> list[Block]:
         for bar in measured["bars"]
     ]
     channels = measured["channels"]
-    series = [
-        (label, [_triple(channel[key]) for channel in channels])
-        for label, key in (
-            ("model", "model"),
-            ("model with another utterance's context", "control"),
-            ("training unigram", "unigram"),
-        )
-    ]
+    labels = {
+        "model": "model",
+        "control": "model with another utterance's context",
+        "unigram": "training unigram",
+    }
+    series = [(label, [_triple(channel[key]) for channel in channels]) for key, label in labels.items()]
     names = [f"channel {r}" for r in range(len(channels))]
     table: list[Row] = [
-        [name, *(Cell(_shown(channel[key]), "number") for key in ("model", "control", "unigram"))]
+        [name, *(Cell(_shown(channel[key]), "number") for key in labels)]
         for name, channel in zip(names, channels, strict=True)
     ]
     start, end = measured["tokenizer"]["start"], measured["tokenizer"]["end"]
@@ -130,37 +119,13 @@ def _results(measured: Mapping[str, Any]) -> list[Block]:
 
 
 def _stage_table(stages: Sequence[Stage]) -> Table:
-    rows: list[Row] = [
-        [
-            s.name,
-            Cell(f"{s.wall:.1f} s", "number"),
-            Cell(f"{s.cpu:.1f} s", "number"),
-            s.note,
-            Cell(_wrapped(s.command), "code"),
-        ]
-        for s in stages
-    ]
-    total = (sum(s.wall for s in stages), sum(s.cpu for s in stages))
-    rows.append(["all", *(Cell(f"{x:.1f} s", "number") for x in total), "", ""])
+    def row(name: str, wall: float, cpu: float, note: str, command: str) -> Row:
+        times = [Cell(f"{x:.1f} s", "number") for x in (wall, cpu)]
+        return [name, *times, note, Cell(command.replace(" --", " \\\n  --"), "code")]  # a line for each flag
+
+    rows = [row(s.name, s.wall, s.cpu, s.note, s.command) for s in stages]
+    rows.append(row("all", sum(s.wall for s in stages), sum(s.cpu for s in stages), "", ""))
     return Table(["Stage", "Wall", "CPU", "Outcome", "Command to repeat it"], rows)
-
-
-def _wrapped(command: str) -> str:
-    """A command on several lines: a line for each flag."""
-    lines = []
-    for line in command.splitlines():
-        words = shlex.split(line)
-        parts, i = [words[0]], 1
-        while i < len(words):
-            if words[i].startswith("--"):
-                value = i + 1 < len(words) and "=" not in words[i] and not words[i + 1].startswith("--")
-                parts.append(shlex.join(words[i : i + 1 + value]))
-                i += 1 + value
-            else:
-                parts[-1] += " " + shlex.quote(words[i])
-                i += 1
-        lines.append(" \\\n  ".join(parts))
-    return "\n".join(lines)
 
 
 def _curves(out: Path) -> list[Figure]:
@@ -206,14 +171,12 @@ def _series(lines: Sequence[Mapping[str, Any]], split: str, key: str, label: str
 
 def _codebooks(measured: Mapping[str, Any]) -> list[Block]:
     sizes, states = measured["codebook_sizes"], measured["tokenizer"]
-    values = [
-        (label, [x["value"] for x in states[when]["perplexity"]])
-        for label, when in (("step 0", "start"), ("trained", "end"))
-    ]
+    labels = {"start": "step 0", "end": "trained"}
+    values = [(label, [x["value"] for x in states[when]["perplexity"]]) for when, label in labels.items()]
     rows: list[Row] = []
     for r, size in enumerate(sizes):
-        figures = [f"{states[when]['perplexity'][r]['value']:.1f}" for when in ("start", "end")]
-        used = [f"{states[when]['used'][r]:.0%}" for when in ("start", "end")]
+        figures = [f"{states[when]['perplexity'][r]['value']:.1f}" for when in labels]
+        used = [f"{states[when]['used'][r]:.0%}" for when in labels]
         rows.append([str(r + 1), *(Cell(x, "number") for x in (str(size), *figures, *used))])
     header = ["Level", "Entries", "Perplexity, step 0", "Perplexity, trained", "Entries that occur, step 0", "trained"]
     return [level_chart(values, sizes, "Perplexity of each RVQ level", "perplexity"), Table(header, rows)]
@@ -223,9 +186,8 @@ def _samples(items: Sequence[Mapping[str, Any]], out: Path, prefix: str = "") ->
     blocks: list[Block] = []
     for item in items:
         clips = [Clip(label, load_audio(out / "samples" / file)) for label, file in item["clips"].items()]
-        texts = [
-            (label, item[key]) for label, key in (("Text", "text"), ("Text in the stream", "said")) if item.get(key)
-        ]
+        labels = {"text": "Text", "said": "Text in the stream"}
+        texts = [(label, item[key]) for key, label in labels.items() if item.get(key)]
         blocks.append(Sample(prefix + item["title"], texts, clips))
     return blocks
 

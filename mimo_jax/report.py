@@ -117,20 +117,15 @@ def render(page: Page) -> str:
     import jinja2
 
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
     environment.tests["table"] = lambda block: isinstance(block, Table)
     environment.tests["figure"] = lambda block: isinstance(block, Figure)
     return environment.from_string(source).render(page=page)
 
 
 def write_page(path: str | Path, page: Page) -> None:
-    """Renders a page to a file, atomically.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Renders a page to a file, atomically."""
     atomic_write(path, render(page).encode())
 
 

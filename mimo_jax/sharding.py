@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.config import ConfigError, MeshConfig
 
@@ -38,27 +38,28 @@ LOGICAL_RULES: Mapping[str, str | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes ("data", "fsdp", "tensor") over all devices.
+    """Mesh with axes `MESH_AXES` over `devices`, by default all."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
-    Args:
-        config: size of each axis; an axis of -1 takes the devices that the others leave.
-        devices: devices to use, `jax.devices()` by default.
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Size of each of `MESH_AXES` on so many devices; an axis of -1 takes those that the others leave.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
     sizes = {name: getattr(config, name) for name in MESH_AXES}
     known = math.prod(s for s in sizes.values() if s != -1)
-    if -1 in sizes.values() and len(devices) % known == 0:
-        sizes = {name: len(devices) // known if s == -1 else s for name, s in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
+    if -1 in sizes.values() and devices % known == 0:
+        sizes = {name: devices // known if s == -1 else s for name, s in sizes.items()}
+    if math.prod(sizes.values()) != devices:
         raise ConfigError(
-            f"mesh: expected data * fsdp * tensor = {len(devices)} (the number of devices), "
+            f"mesh: expected data * fsdp * tensor = {devices} (the number of devices), "
             f"got data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
         )
-    shape = tuple(sizes.values())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return tuple(sizes.values())
 
 
 def partition_spec(names: Sequence[str | None], parameter: str = "array") -> PartitionSpec:
@@ -68,27 +69,27 @@ def partition_spec(names: Sequence[str | None], parameter: str = "array") -> Par
         ValueError: a name is not in `LOGICAL_RULES`, or two axes would be cut over the same mesh axis. The message
             names the parameter and the axis.
     """
-    entries: list[str | tuple[str, ...] | None] = []
     used: dict[str, str] = {}
+    axes = []
     for name in names:
         if name is not None and name not in LOGICAL_RULES:
             raise ValueError(f"{parameter}: axis {name!r} is not in LOGICAL_RULES ({', '.join(LOGICAL_RULES)})")
-        entry = None if name is None else LOGICAL_RULES[name]
-        for axis in (entry,) if isinstance(entry, str) else entry or ():
-            if axis in used:
-                raise ValueError(f"{parameter}: axes {used[axis]!r} and {name!r} are both cut over mesh axis {axis!r}")
+        axis = None if name is None else LOGICAL_RULES[name]
+        if axis in used:
+            raise ValueError(f"{parameter}: axes {used[axis]!r} and {name!r} are both cut over mesh axis {axis!r}")
+        if axis is not None:
             used[axis] = str(name)
-        entries.append(entry)
-    return PartitionSpec(*entries)
+        axes.append(axis)
+    return PartitionSpec(*axes)
 
 
-def shardings(abstract_boxed_variables: Any, mesh: Mesh) -> Any:
+def shardings(abstract_boxed_variables: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Sharding of every variable.
 
     Args:
         abstract_boxed_variables: tree of shapes in boxes that hold the logical names of the axes, as
             `jax.eval_shape` of a module's `init` gives it. A leaf without a box is replicated.
-        mesh: from `make_mesh`.
+        mesh: from `make_mesh`, or one without devices.
 
     Returns:
         Tree of `NamedSharding`, of the structure of the unboxed variables.
@@ -103,16 +104,21 @@ def shardings(abstract_boxed_variables: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         parameter = "/".join(str(getattr(k, "key", k)) for k in path)
         spec = partition_spec(names, parameter)
-        for size, name, entry in zip(leaf.value.shape, names, spec, strict=True):
-            divisor = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+        for size, name, axis in zip(leaf.value.shape, names, spec, strict=True):
+            divisor = 1 if axis is None else mesh.shape[axis]
             if size % divisor:
                 raise ConfigError(
                     f"{parameter}: axis {name!r} of size {size} cannot be divided over "
-                    f"mesh axis {entry!r} of size {divisor}"
+                    f"mesh axis {axis!r} of size {divisor}"
                 )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, abstract_boxed_variables, is_leaf=lambda x: hasattr(x, "names"))
+
+
+def unboxed(variables: Any) -> Any:
+    """Takes arrays or shapes out of the boxes that hold the logical names of their axes."""
+    return jax.tree.map(lambda x: getattr(x, "value", x), variables, is_leaf=lambda x: hasattr(x, "names"))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mimo_jax.atomic import atomic_write
 from mimo_jax.config import (
     AdversarialTrainConfig,
     ConfigError,
-    JobConfig,
     LMTrainConfig,
     TokenizerTrainConfig,
+    TrainingConfig,
 )
 from mimo_jax.config_files import load_config
-
-if TYPE_CHECKING:
-    from mimo_jax.generation.app import AppTiming, GenerationSettings, SpeechModel, SpeechOutput
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -65,6 +65,16 @@ def run_config_show(options: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value:,.6g}")
 
 
+def run_plan(options: argparse.Namespace) -> None:
+    from mimo_jax.training.memory import plan_memory
+
+    config = load_config(options.config, options.overrides)
+    if not isinstance(config, LMTrainConfig):
+        raise ConfigError(f"--config={options.config}: expected a language model job, got job {config.job}")
+    plan = plan_memory(config, options.devices)
+    print(json.dumps(plan.to_json(), indent=1) if options.json else plan)
+
+
 def flat_settings(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """Nested settings as (dotted key, value), in order."""
     for key, value in values.items():
@@ -74,7 +84,7 @@ def flat_settings(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, An
             yield f"{prefix}.{key}", value
 
 
-def derived_figures(config: JobConfig) -> dict[str, int | float]:
+def derived_figures(config: TrainingConfig) -> dict[str, int | float]:
     """What follows from a job's settings: parameters, positions, FLOPs (a training step counts 3 forward passes)."""
     steps = config.run.steps
     if isinstance(config, LMTrainConfig):
@@ -116,13 +126,14 @@ def derived_figures(config: JobConfig) -> dict[str, int | float]:
 
 
 def run_data_ingest(options: argparse.Namespace) -> None:
-    from mimo_jax.data.ingest import ingest_audio
+    from mimo_jax.data.ingest import ingest_audio, ingest_conversations
     from mimo_jax.loading import load_codec
     from mimo_jax.text.tokenizers import load_text_tokenizer
 
     text_tokenizer = load_text_tokenizer(options.text_tokenizer) if options.text_tokenizer else None
-    done = ingest_audio(
-        options.manifest,
+    ingest = ingest_conversations if options.conversations else ingest_audio
+    done = ingest(
+        options.conversations or options.manifest,
         load_codec(options.audio_tokenizer, options.step),
         options.out,
         text_tokenizer=text_tokenizer,
@@ -215,115 +226,143 @@ def _lines(path: str) -> Iterator[str]:
             raise ConfigError(f"{path}: expected UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def run_generate_continue(options: argparse.Namespace) -> None:
-    from mimo_jax.generation.app import generate_speech_continuation
-
-    _generate_from_audio(options, "continue", generate_speech_continuation, speaks=True)
-
-
-def run_generate_asr(options: argparse.Namespace) -> None:
-    from mimo_jax.generation.app import transcribe
-
-    _generate_from_audio(options, "asr", transcribe, speaks=False)
-
-
-def run_generate_tts(options: argparse.Namespace) -> None:
-    from mimo_jax.generation.app import generate_tts
-
-    texts = list(options.text or [])
-    for path in options.text_file or []:
-        texts += [line.strip() for line in _lines(path) if line.strip()]
-    if not texts:
-        raise ConfigError("generate tts: expected --text or --text-file with something to say")
-    settings = _settings(options)
-    model = _speech_model(options, speaks=True)
-    outputs, timing = generate_tts(model, texts, settings)
-    _write(options, "tts", model, outputs, timing, settings, [f"tts-{i}" for i in range(len(texts))], texts)
-
-
-def _generate_from_audio(options: argparse.Namespace, task: str, generate: Callable[..., Any], speaks: bool) -> None:
-    from mimo_jax.audio.files import load_audio
-
-    settings = _settings(options)
-    prompt_seconds = getattr(options, "prompt_seconds", None)
-    if prompt_seconds is not None and not 0 < prompt_seconds < math.inf:
-        raise ConfigError(f"--prompt-seconds: expected a positive number, got {prompt_seconds}")
-    model = _speech_model(options, speaks)
-    rate = model.codec.config.mel.sample_rate
-    wavs = [load_audio(path, rate) for path in options.input]
-    if prompt_seconds is not None:
-        wavs = [wav[: max(1, round(prompt_seconds * rate))] for wav in wavs]
-    patch = model.generator.config.group_size
-    for path, wav in zip(options.input, wavs, strict=True):
-        if task == "continue" and model.codec.num_codes(len(wav)) < patch:
-            raise ConfigError(
-                f"{path}: expected at least one patch ({1 / model.patches_per_second:.2f} s) to continue, "
-                f"got {len(wav) / rate:.2f} s"
-            )
-    outputs, timing = generate(model, wavs, settings)
-    names = [f"{Path(path).stem}-{task}" for path in options.input]
-    if len(set(names)) < len(names):
-        names = [f"{i}-{name}" for i, name in enumerate(names)]
-    _write(options, task, model, outputs, timing, settings, names, options.input)
-
-
-def _settings(options: argparse.Namespace) -> GenerationSettings:
-    from mimo_jax.generation.app import GenerationSettings
-    from mimo_jax.generation.sampling import PATCHES, SamplingConfig
-
-    text = None
-    if any(getattr(options, f"text_{name}") is not None for name in ("temperature", "top_k", "top_p")):
-        temperature = 1.0 if options.text_temperature is None else options.text_temperature
-        text = SamplingConfig(temperature, options.text_top_k or 0, options.text_top_p or 0.0)
-    patches = {
-        name: getattr(options, name)
-        for name in ("temperature", "top_k", "top_p")
-        if getattr(options, name, None) is not None
-    }
-    lengths = {
-        name: getattr(options, name) for name in ("max_seconds", "min_seconds", "max_text") if hasattr(options, name)
-    }
-    return GenerationSettings(
-        **lengths,
-        text_sampling=text,
-        patch_sampling=dataclasses.replace(PATCHES, **patches),
-        constrain=not options.free,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-
-
-def _speech_model(options: argparse.Namespace, speaks: bool) -> SpeechModel:
+def run_generate(options: argparse.Namespace) -> None:
+    from mimo_jax.generation.app import GenerationSettings, run_tasks
+    from mimo_jax.generation.outputs import write_outputs
+    from mimo_jax.generation.requests import SETTINGS, apply_settings, check_request, make_requests, output_names
+    from mimo_jax.generation.tasks import TASKS
     from mimo_jax.loading import load_speech_model
 
-    Path(options.out).mkdir(parents=True, exist_ok=True)  # before the work is done that goes there
-    return load_speech_model(
-        options.checkpoint, options.audio_tokenizer, options.text_tokenizer, step=options.step, speaks=speaks
+    task, settings = (
+        options.task,
+        apply_settings(
+            GenerationSettings(batch_size=options.batch_size), {key: getattr(options, key, None) for key in SETTINGS}
+        ),
     )
-
-
-def _write(
-    options: argparse.Namespace,
-    task: str,
-    model: SpeechModel,
-    outputs: list[SpeechOutput],
-    timing: AppTiming,
-    settings: GenerationSettings,
-    names: list[str],
-    inputs: list[str],
-) -> None:
-    from mimo_jax.generation.app import write_outputs
-
-    path = write_outputs(options.out, task, model, outputs, timing, settings, names, inputs)
+    seconds = getattr(options, "prompt_seconds", None)
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ConfigError(f"--prompt-seconds: expected a positive number, got {seconds}")
+    inputs = _generate_inputs(options)
+    for request in inputs:
+        check_request(request)
+    Path(options.out).mkdir(parents=True, exist_ok=True)  # before the work is done that goes there
+    model = load_speech_model(
+        options.checkpoint,
+        options.audio_tokenizer,
+        options.text_tokenizer,
+        step=options.step,
+        speaks=any(TASKS[request["task"]].speaks for request in inputs),
+        prompts=options.prompts,
+    )
+    names = output_names(inputs)
+    requests = make_requests(inputs, model, settings, seconds)
+    outputs, timing = run_tasks(model, requests, settings)
+    asked = [request.get("audio", request.get("text", "")) for request in inputs]
+    path = write_outputs(options.out, task, model, outputs, timing, settings, names, asked)
     rate = model.codec.config.mel.sample_rate
     for name, output in zip(names, outputs, strict=True):
         ended = "ended by the model" if output.stopped else "cut at the limit"
-        print(f"{name}: {len(output.wav) / rate:.2f} s of speech, {ended}{f': {output.text}' if output.text else ''}")
+        spoken = f"{len(output.wav) / rate:.2f} s of speech, " if TASKS[output.task].speaks else ""
+        print(f"{name}: {spoken}{ended}{f': {output.text}' if output.text else ''}")
     speed = f"{timing.positions} positions in {timing.decode_seconds:.2f} s"
     if timing.real_time_factor is not None:
         speed += f", {timing.patches_per_second:.1f} patches/s, real-time factor {timing.real_time_factor:.2f}"
     print(f"{speed}; compiled in {timing.compile_seconds:.1f} s")
     print(path)
+
+
+def _generate_inputs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is asked for on the command line: one request for each recording, or for each text."""
+    from mimo_jax.generation.requests import read_requests
+    from mimo_jax.generation.tasks import TASKS
+
+    task = TASKS[options.task]
+    shared = {
+        field: value
+        for field in task.needs + task.takes
+        if field not in ("audio", "text") and (value := getattr(options, field, None)) is not None
+    }
+    if "examples" in shared:
+        shared["examples"] = [dict(zip(("input", "output", "text"), e, strict=True)) for e in shared["examples"]]
+    texts = list(getattr(options, "text", None) or [])
+    for path in getattr(options, "text_file", None) or []:
+        texts += [line.strip() for line in _lines(path) if line.strip()]
+    one = {"task": options.task, **shared}
+    if "audio" in task.needs:
+        asked = [{"text": text} for text in texts] if "text" in task.needs else [{}]
+        inputs = [{**one, "audio": path, **text} for path in options.audio or [] for text in asked]
+    else:
+        inputs = [{**one, "text": text} for text in texts]
+    if options.requests:
+        inputs += read_requests(options.requests, options.task)
+    if not inputs:
+        flags = [{"audio": "--input", "text": "--text"}[f] for f in task.needs if f in ("audio", "text")]
+        raise ConfigError(f"generate {options.task}: expected {' and '.join(flags)}, or --requests")
+    if "history" in one and len(inputs) > 1:
+        raise ConfigError(f"generate {options.task}: expected one request with --history, got {len(inputs)}")
+    return inputs
+
+
+def run_codec_encode(options: argparse.Namespace) -> None:
+    from mimo_jax.codec_files import encode_files
+    from mimo_jax.loading import load_codec
+
+    if not 1 <= options.segment_seconds <= 3600:
+        raise ConfigError(f"--segment-seconds: expected 1..3600, got {options.segment_seconds}")
+    codec = load_codec(
+        options.audio_tokenizer,
+        options.step,
+        segment_seconds=options.segment_seconds,
+        reference_quirks=options.reference_quirks,
+    )
+    print(*encode_files(options.files, codec, options.out, options.levels), sep="\n")
+
+
+def run_codec_decode(options: argparse.Namespace) -> None:
+    from mimo_jax.codec_files import decode_files
+    from mimo_jax.loading import load_codec
+
+    if not 0 < options.chunk_seconds <= 60:
+        raise ConfigError(f"--chunk-seconds: expected a positive number of at most 60, got {options.chunk_seconds}")
+    load = functools.partial(load_codec, options.audio_tokenizer, options.step)
+    chunk_seconds = options.chunk_seconds if options.stream else None
+    print(*decode_files(options.files, load, options.out, chunk_seconds), sep="\n")
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    from mimo_jax import convert
+
+    if convert.is_published(options.source):
+        if options.step is not None:
+            raise ConfigError(f"--step={options.step}: {options.source} holds published weights, which have no steps")
+        done = convert.import_published(
+            options.source, options.out, like=options.like, seed=options.seed, progress=True
+        )
+    elif options.like:
+        raise ConfigError(f"--like={options.like}: expected a folder with safetensors, got {options.source}")
+    else:
+        done = convert.export_published(
+            options.source, options.out, step=options.step, shard_bytes=options.shard_size, progress=True
+        )
+    for note in done.notes:
+        print(note)
+    print(f"{options.out}: {done.tensors:,} tensors, {done.nbytes / 1e6:,.1f} MB")
+
+
+def run_parity(options: argparse.Namespace) -> bool:
+    """Prints the table row by row; True if an array failed."""
+    from mimo_jax.parity import harness
+
+    started = time.perf_counter()
+    rows = []
+    for row in harness.run(options.folder, [name for name in options.only.split(",") if name]):
+        print(harness.line(row), flush=True)
+        rows.append(row)
+    seconds = time.perf_counter() - started
+    if options.json:
+        atomic_write(options.json, harness.report(rows, seconds).encode())
+    print(f"{harness.summary(rows)}; {seconds:.0f} s")
+    return any(row.verdict == harness.FAILED for row in rows)
 
 
 def run_quickstart(options: argparse.Namespace) -> None:

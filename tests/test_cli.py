@@ -15,6 +15,7 @@ from mimo_jax import cli, verbs
 from mimo_jax import config as c
 from mimo_jax import config_files as files
 from mimo_jax.audio.files import AudioError, load_audio, save_wav
+from mimo_jax.generation.tasks import TASKS
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training.checkpoint import CheckpointStore, make_meta
 
@@ -57,8 +58,9 @@ def all_verbs():
 def test_every_verb_has_a_help_page(capsys):
     names = {" ".join(v) for v in all_verbs()}
     assert names == {
-        "train", "config show", "data ingest", "data ingest-text", "data index", "data show", "text-tokenizer train",
-        "generate continue", "generate tts", "generate asr", "quickstart", "prepare debian",
+        "train", "config show", "plan", "data ingest", "data ingest-text", "data index", "data show", "codec encode",
+        "text-tokenizer train", *(f"generate {task}" for task in TASKS), "codec decode", "convert", "parity",
+        "quickstart", "prepare debian",
     }  # fmt: skip
     for words in [[], *all_verbs()]:
         with pytest.raises(SystemExit) as stop:
@@ -224,6 +226,17 @@ def test_config_show_as_json_is_complete(capsys, stage, size):
         assert shown["derived"]["bit/s, first 8 levels"] == 1550 and shown["derived"]["bit/s, all levels"] == 3650
 
 
+def test_plan_prints_what_a_device_holds(capsys):
+    sft = ["plan", "--config", f"{CONFIGS / 'sft.py'}:7b", "--devices"]
+    assert run(*sft, "h100:8") == 0
+    page = capsys.readouterr().out
+    assert "parameters        3.74 GiB" in page and "headroom" in page and page.endswith("fits\n")
+    assert run(*sft, "h200:1", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert not shown["fits"] and shown["total"] == sum(shown["parts"].values())
+    assert "KIND:NUMBER" in error_of(capsys, *sft, "abacus:1")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # From a corpus to speech, with models that have learnt nothing
 
@@ -332,6 +345,31 @@ def test_tts_and_asr_write_their_records(home, capsys):
     assert "patches/s" not in capsys.readouterr().out.splitlines()[-2]
 
 
+def test_a_conversation_goes_on_and_takes_more_requests(home, capsys):
+    (home / "more.jsonl").write_text('{"task": "tts", "text": "wise owls", "force_text": true, "seed": 5}\n')
+    limits = ["--prompts", "chat", "--max-text", 6, "--max-seconds", 0.4]
+    arguments = [*limits, "--voice", home / "1.wav", "--system", "be brief", "--requests", home / "more.jsonl"]
+    arguments += ["--input", home / "0.wav"]
+    assert generate(home, "dialogue", *arguments) == 0
+    record = json.loads((home / "out" / "dialogue" / "dialogue.json").read_text())
+    first, more = record["items"]
+    assert record["prompts"] == "chat" and first["files"]["history"] == "0-dialogue-history.json"
+    assert more["text"] == "Wise owls" and more["seed"] == more["settings"]["seed"] == 5
+    history = home / "out" / "dialogue" / "0-dialogue-history.json"
+    arguments = [*limits, "--history", history]
+    assert generate(home, "dialogue", "--input", home / "2.wav", *arguments) == 0
+    turns = json.loads((home / "out" / "dialogue" / "2-dialogue-history.json").read_text())["turns"]
+    assert len(turns) == 2 and turns[0] == json.loads(history.read_text())["turns"][0]
+    capsys.readouterr()
+    assert "one request with --history" in failed(
+        home, capsys, "dialogue", "--input", home / "0.wav", home / "1.wav", *arguments
+    )
+    assert "dialogue: expected chat prompts" in failed(home, capsys, "dialogue", "--input", home / "0.wav")
+    assert "expected --input, or --requests" in failed(home, capsys, "asr")
+    arguments = ["--text", "a", "--prompts", "chat", "--template", 10]
+    assert "template: expected 0..9" in failed(home, capsys, "tts", *arguments)
+
+
 def test_generation_that_cannot_work_is_refused(home, capsys, tmp_path):
     assert "its patch_decoder has not been trained" in failed(
         home, capsys, "tts", "--text", "a", checkpoint="understanding"
@@ -382,6 +420,17 @@ def test_ingested_shards_can_be_indexed_and_shown(home, capsys, tmp_path):
     page = capsys.readouterr().out
     assert "row 0" in page and "(tts)" in page and "patches" in page
     assert "layout" in error_of(capsys, "data", "show", "--config", tmp_path / "job.py", "--layout", "song")
+
+
+def test_conversations_are_ingested_and_their_faults_named_by_line(home, capsys, tmp_path):
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the fox"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps(chat) + "\n" + json.dumps(chat[:1]) + "\n")
+    arguments = ["data", "ingest", "--conversations", file, "--audio-tokenizer", home / "tokenizer"]
+    assert "chat.jsonl:2: messages: expected an answer" in error_of(capsys, *arguments, "--out", tmp_path / "set")
+    file.write_text(json.dumps(chat) + "\n")
+    assert run(*arguments, "--out", tmp_path / "set", "--text-tokenizer", home / "text.model") == 0
+    assert "1 records" in capsys.readouterr().out
 
 
 def test_tokenizer_corpora_are_text_and_the_texts_of_manifests(tmp_path):

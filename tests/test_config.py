@@ -10,7 +10,7 @@ from mimo_jax import config_files as files
 from mimo_jax import presets
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STAGES = ("tokenizer", "tokenizer_adversarial", "text", "understanding", "joint", "post")
+STAGES = ("tokenizer", "tokenizer_adversarial", "text", "understanding", "joint", "sft")
 
 
 def spec(stage: str, size: str = "tiny") -> str:
@@ -61,9 +61,10 @@ def test_7b_joint_holds_the_published_schedule():
     assert joint.optimizer.schedule == "cosine" and joint.optimizer.warmup_fraction == 0.01
     understanding = files.load_config(spec("understanding", "7b"), [])
     assert understanding.optimizer.schedule == "constant" and not understanding.loss.trains_audio
-    post = files.load_config(spec("post", "7b"), [])
-    assert post.data.rows * post.data.row_length == 2_097_152
-    assert post.learning_rates == c.LearningRates(llm=1e-5, patch_encoder=5e-5, patch_decoder=5e-5)
+    sft = files.load_config(spec("sft", "7b"), [])
+    assert sft.data.rows * sft.data.row_length == 2_097_152
+    assert sft.learning_rates == c.LearningRates(llm=1e-5, patch_encoder=5e-5, patch_decoder=5e-5)
+    assert sft.loss == joint.loss and sft.optimizer == joint.optimizer
 
 
 def test_flops_per_position_counts_two_per_weight_and_the_patch_towers():
@@ -133,6 +134,7 @@ def test_optional_settings_take_none_and_values():
         ("joint", "data.sources.speech.weight=-1", r"^config\.data\.sources\.speech\.weight: expected a non-negative"),
         ("joint", "learning_rates.llm=-1", r"^config\.learning_rates\.llm: expected a non-negative"),
         ("joint", "learning_rates.llm=nan", r"^config\.learning_rates\.llm: expected a finite number"),
+        ("text", "learning_rates.patch_decoder=1e-3", r"^config\.learning_rates\.patch_decoder: expected 0, since no"),
         ("joint", "mesh.fsdp=0", r"^config\.mesh: expected positive axis sizes"),
         ("joint", "run.accumulation=3", r"^config\.run\.accumulation: expected a divisor of data\.rows"),
         ("joint", "loss.channel_weights=1,2", r"^config\.loss\.channel_weights: expected one weight for each of 8"),

@@ -1,9 +1,15 @@
-"""What identifies an audio tokenizer: all that its codes depend on, and nothing else."""
+"""What identifies an audio tokenizer, and what a checkpoint tells about the prompts it knows."""
+
+from pathlib import Path
 
 import jax
 from generation.small_speech import AUDIO, audio_variables
 
+from mimo_jax.config_files import load_config
+from mimo_jax.loading import _has_conversations
 from mimo_jax.models.tokenizer.codec import Codec
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def fingerprint(params=None, codebook=None, **settings):
@@ -23,3 +29,8 @@ def test_the_fingerprint_changes_with_encoder_codebook_and_segments_but_not_with
     assert fingerprint(params=changed("encoder")) != start
     assert fingerprint(codebook=jax.tree.map(lambda x: x * 2, variables["codebook"])) != start
     assert fingerprint(segment_seconds=30.0) != start
+
+
+def test_only_a_model_of_conversations_gets_their_prompts():
+    assert _has_conversations(load_config(f"{CONFIGS / 'sft.py'}:tiny"))
+    assert not _has_conversations(load_config(f"{CONFIGS / 'joint.py'}:tiny"))

@@ -45,7 +45,6 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 def _speak(library, sample_rate, request):
-    """Returns the answer to one request as bytes."""
     pcm, words = bytearray(), []
 
     def collect(samples, count, events):
@@ -61,16 +60,20 @@ def _speak(library, sample_rate, request):
     callback = _Callback(collect)
     library.espeak_SetSynthCallback(callback)
     if library.espeak_SetVoiceByName(request["voice"].encode()) != 0:
-        return json.dumps({"error": f"espeak-ng has no voice {request['voice']!r}"}).encode() + b"\n"
+        return _error(f"espeak-ng has no voice {request['voice']!r}")
     library.espeak_SetParameter(_RATE, request["rate"], 0)
     library.espeak_SetParameter(_PITCH, request["pitch"], 0)
     library.espeak_ng_SetRandSeed(ctypes.c_long(request["seed"]))
     text = request["text"].encode()
     status = library.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, _POSITION_CHARACTER, 0, _UTF8, None, None)
     if status != 0:
-        return json.dumps({"error": f"espeak_Synth returned {status}"}).encode() + b"\n"
+        return _error(f"espeak_Synth returned {status}")
     header = {"samples": len(pcm) // 2, "rate": sample_rate, "words": words}
     return json.dumps(header).encode() + b"\n" + bytes(pcm)
+
+
+def _error(message):
+    return json.dumps({"error": message}).encode() + b"\n"
 
 
 def main():
@@ -86,17 +89,14 @@ def main():
         if child == 0:
             status = 1
             try:
-                answer = _speak(library, sample_rate, json.loads(line))
-                sys.stdout.buffer.write(answer)
+                sys.stdout.buffer.write(_speak(library, sample_rate, json.loads(line)))
                 sys.stdout.buffer.flush()
                 status = 0
             finally:
                 os._exit(status)
         _, wait_status = os.waitpid(child, 0)
         if wait_status != 0:
-            sys.stdout.buffer.write(
-                json.dumps({"error": f"espeak-ng failed with wait status {wait_status}"}).encode() + b"\n"
-            )
+            sys.stdout.buffer.write(_error(f"espeak-ng failed with wait status {wait_status}"))
             sys.stdout.buffer.flush()
 
 

@@ -2,10 +2,8 @@
 
 B rows, S samples, T frames, N samples of a frame (n_fft), F = N / 2 + 1 frequency bins. `...` are any leading axes.
 
-`stft`, `frame_mel` and `frame_log_mel` do not centre their frames: frame t is the window that starts at sample hop * t.
-Centring is the padding of a clip's slot in a packed row (see `mimo_jax.rows.TokenizerRows`), or, for one clip on its
-own, `log_mel`. The filterbank is dense and its product runs at the highest precision, since accelerators would
-otherwise round its inputs to bfloat16.
+No frame is centred: frame t is the window that starts at sample hop * t. Centring is the padding of a clip's slot in a
+packed row (see `mimo_jax.rows.TokenizerRows`).
 """
 
 from __future__ import annotations
@@ -33,14 +31,7 @@ def mel_scale_config(scale: int, sample_rate: int) -> MelConfig:
 
 
 def hann_window(length: int, size: int | None = None) -> np.ndarray:
-    """Periodic Hann window, zero-padded symmetrically to `size`.
-
-    Returns:
-        float64 [size], or [length] by default.
-
-    Raises:
-        ValueError: `size` is shorter than the window.
-    """
+    """Periodic Hann window, zero-padded symmetrically to `size`: float64 [size], [length] by default."""
     size = length if size is None else size
     if size < length:
         raise ValueError(f"hann_window: expected a size of at least {length} samples, got {size}")
@@ -71,19 +62,10 @@ def mel_filterbank(config: MelConfig) -> np.ndarray:
 
 
 def frames(wav: jax.Array, size: int, hop: int, count: int | None = None) -> jax.Array:
-    """Cuts a wave into overlapping frames; frame t is wav[hop * t : hop * t + size], zero beyond the end.
+    """Cuts a wave [..., S] into T = `count` frames (S // hop by default): [..., T, size].
 
-    The wave is viewed as blocks of `hop` samples, and a frame is ceil(size / hop) neighbouring blocks, so that no array
-    of indices is needed.
-
-    Args:
-        wav: [..., S].
-        size: samples of a frame.
-        hop: samples between the starts of two frames.
-        count: number of frames T; S // hop by default.
-
-    Returns:
-        [..., T, size] in the dtype of `wav`.
+    Frame t is wav[hop * t : hop * t + size], zero beyond the end. The wave is viewed as blocks of `hop` samples, and a
+    frame is ceil(size / hop) neighbouring blocks, so that no array of indices is needed.
     """
     samples = wav.shape[-1]
     count = samples // hop if count is None else count
@@ -97,16 +79,13 @@ def frames(wav: jax.Array, size: int, hop: int, count: int | None = None) -> jax
 
 
 def stft(wav: jax.Array, config: MelConfig, *, normalized: bool = False, count: int | None = None) -> jax.Array:
-    """Short-time Fourier transform of un-centred frames.
+    """Short-time Fourier transform: complex [..., T, F].
 
     Args:
         wav: [..., S], float32 or float64 (narrower floats are widened to float32).
         config: `n_fft`, `win_length` and `hop_length` are used.
         normalized: divide by the root of the window's energy.
         count: number of frames T; S // hop by default.
-
-    Returns:
-        complex [..., T, F].
     """
     wav = jnp.asarray(wav)
     wav = wav.astype(jnp.promote_types(wav.dtype, jnp.float32))
@@ -118,16 +97,9 @@ def stft(wav: jax.Array, config: MelConfig, *, normalized: bool = False, count: 
 
 
 def istft_frames(spectrum: jax.Array) -> jax.Array:
-    """Inverse Fourier transform of each frame, times the Hann window of the frame's length.
+    """Inverse transform of complex [..., T, F], times the Hann window: real [..., T, N] for the vocoder to overlap-add.
 
-    Overlap-adding the frames and dividing by the overlap-added squared window gives the wave; that is done per segment,
-    in the vocoder.
-
-    Args:
-        spectrum: complex [..., T, F]; the imaginary parts of the first and the last bin are ignored.
-
-    Returns:
-        real [..., T, N], N = 2 (F - 1).
+    The imaginary parts of the first and the last bin are ignored.
     """
     size = 2 * (spectrum.shape[-1] - 1)
     frames_TN = jnp.fft.irfft(spectrum, n=size, axis=-1)
@@ -135,47 +107,13 @@ def istft_frames(spectrum: jax.Array) -> jax.Array:
 
 
 def frame_mel(wav: jax.Array, config: MelConfig, *, normalized: bool = False, count: int | None = None) -> jax.Array:
-    """Mel-weighted STFT magnitudes (power 1) of un-centred frames; arguments as for `stft`.
-
-    Returns:
-        [..., T, n_mels], not negative, float32 or float64.
-    """
+    """Mel-weighted STFT magnitudes (power 1): [..., T, n_mels], not negative; arguments as for `stft`."""
     magnitude_TF = jnp.abs(stft(wav, config, normalized=normalized, count=count))
     filters = mel_filterbank(config).astype(magnitude_TF.dtype)
+    # Accelerators would otherwise round the inputs to bfloat16.
     return jnp.matmul(magnitude_TF, filters, precision=jax.lax.Precision.HIGHEST)
 
 
 def frame_log_mel(wav: jax.Array, config: MelConfig) -> jax.Array:
-    """Natural log of the mel magnitudes of un-centred frames, clipped below at `config.floor`.
-
-    Args:
-        wav: [..., S].
-
-    Returns:
-        [..., T, n_mels], T = S // hop; samples beyond the end count as zero.
-    """
+    """Natural log of `frame_mel`, clipped below at `config.floor`: [..., S // hop, n_mels]."""
     return jnp.log(jnp.maximum(frame_mel(wav, config), config.floor))
-
-
-def log_mel(wav: jax.Array, config: MelConfig) -> jax.Array:
-    """Log-mel spectrogram of single clips, frames centred at sample hop * t by reflecting both ends.
-
-    Args:
-        wav: [..., S], S >= 1. A clip of n_fft / 2 samples or fewer is reflected several times.
-
-    Returns:
-        [..., T, n_mels], T = S // hop + 1.
-
-    Raises:
-        ValueError: the clip is empty.
-
-    Source: report section 2.1 and the released code.
-    """
-    wav = jnp.asarray(wav)
-    samples = wav.shape[-1]
-    if samples == 0:
-        raise ValueError("log_mel: expected at least one sample, got an empty clip")
-    half = config.n_fft // 2
-    padded = jnp.pad(wav, [(0, 0)] * (wav.ndim - 1) + [(half, half)], mode="reflect")
-    mel = frame_mel(padded, config, count=samples // config.hop_length + 1)
-    return jnp.log(jnp.maximum(mel, config.floor))

@@ -6,16 +6,16 @@ that is installed. Waves are float32 [S], mono, nominally in -1..1, times in sec
 
 from __future__ import annotations
 
-import io
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mimo_jax.atomic import atomic_write
+from mimo_jax.atomic import atomic_stream
+from mimo_jax.audio.sinc import resample_sinc
 
 if TYPE_CHECKING:
     import soundfile
@@ -31,29 +31,8 @@ class AudioError(ValueError):
     """An audio file is missing, empty, truncated, broken or of an impossible rate; the message says which."""
 
 
-@dataclass(frozen=True)
-class AudioInfo:
-    """What a file says about itself.
-
-    Attributes:
-        duration: seconds.
-        sample_rate: Hz.
-        channels: number of channels.
-        frames: samples of each channel.
-    """
-
-    duration: float
-    sample_rate: int
-    channels: int
-    frames: int
-
-    def resampled_length(self, sample_rate: int) -> int:
-        """Samples that `load_audio` returns at `sample_rate`."""
-        return -(-self.frames * sample_rate // self.sample_rate)
-
-
-def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
-    """Duration, rate and channels of a file, from its header where libsndfile reads it, else by decoding it.
+def audio_length(path: str | os.PathLike[str], sample_rate: int) -> int:
+    """Samples that `load_audio` returns, from the header where libsndfile reads the file, else by decoding it.
 
     Raises:
         AudioError: as `load_audio`, except for faults that only decoding finds.
@@ -61,20 +40,24 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
     file = _existing(path)
     try:
         with _open_sndfile(file) as sound:
-            rate, channels, frames = sound.samplerate, sound.channels, sound.frames
+            rate, frames = sound.samplerate, sound.frames
             _check_declared_sizes(file, sound.extra_info)
     except _NotSndfile as error:
         samples_SC, rate = _decode_av(file, str(error))
-        frames, channels = samples_SC.shape
+        frames = len(samples_SC)
     _check(file, rate, frames)
-    return AudioInfo(frames / rate, rate, channels, frames)
+    return -(-frames * sample_rate // rate)
 
 
-def load_audio(path: str | os.PathLike[str], sample_rate: int = 24_000) -> np.ndarray:
-    """Reads a file as mono (mean of the channels) at `sample_rate`.
+def load_audio(
+    path: str | os.PathLike[str], sample_rate: int = 24_000, resampler: Literal["soxr", "sinc"] = "soxr"
+) -> np.ndarray:
+    """Reads a file as mono (mean of the channels) at `sample_rate`: float32 [S].
 
-    Returns:
-        float32 [S].
+    Args:
+        path: the file.
+        sample_rate: Hz.
+        resampler: `soxr` (see `resample`), or `sinc`, which the published models' inputs went through.
 
     Raises:
         AudioError: the file is missing, empty, truncated, in no known format or holds a value that is not finite, or
@@ -96,24 +79,16 @@ def load_audio(path: str | os.PathLike[str], sample_rate: int = 24_000) -> np.nd
         first = int(np.argmin(np.isfinite(samples_SC).all(axis=1)))
         raise AudioError(f"{file}: expected finite samples, got a value that is not at sample {first}")
     wav_S = samples_SC[:, 0] if samples_SC.shape[1] == 1 else samples_SC.mean(axis=1, dtype=np.float32)
-    return resample(wav_S, rate, sample_rate)
+    return (resample if resampler == "soxr" else resample_sinc)(wav_S, rate, sample_rate)
 
 
 def resample(wav: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """Resamples with soxr ("HQ").
+    """Resamples float [S] with soxr ("HQ"): float32 [ceil(S * target_rate / source_rate)].
 
-    The released code uses a windowed-sinc interpolator of 6 zero crossings (Hann window, roll-off 0.99). soxr's filter
-    is far longer: flat up to 0.91 of the lower Nyquist frequency, -40 dB at 0.98 and below -130 dB beyond 1, where the
-    short filter falls gradually and lets images through. So the upper end of the band differs; below 0.85 of that
-    frequency the two agree within 0.6 % rms on recorded speech. Lengths are equal.
-
-    Args:
-        wav: float [S].
-        source_rate: Hz.
-        target_rate: Hz.
-
-    Returns:
-        float32 [ceil(S * target_rate / source_rate)].
+    The released code uses a short windowed-sinc interpolator (`resample_sinc`). soxr's filter is far longer: flat up to
+    0.91 of the lower Nyquist frequency, -40 dB at 0.98 and below -130 dB beyond 1, where the short filter falls
+    gradually and lets images through. So the upper end of the band differs; below 0.85 of that frequency the two agree
+    within 0.6 % rms on recorded speech. Lengths are equal.
     """
     wav = np.ascontiguousarray(wav, np.float32)
     if source_rate == target_rate:
@@ -137,19 +112,27 @@ def save_wav(path: str | os.PathLike[str], wav: np.ndarray, sample_rate: int) ->
         AudioError: the wave is not one-dimensional or not finite, or the rate is impossible.
         OSError: the file cannot be written; a file that was there is unchanged.
     """
+    save_wav_pieces(path, [wav], sample_rate)
+
+
+def save_wav_pieces(path: str | os.PathLike[str], pieces: Iterable[np.ndarray], sample_rate: int) -> None:
+    """`save_wav` of a wave that comes in pieces, of which only one is in memory at a time."""
     import soundfile
 
-    wav = np.asarray(wav)
-    if wav.ndim != 1:
-        raise AudioError(f"{path}: expected a wave of shape [S], got {list(wav.shape)}")
-    if not np.isfinite(wav).all():
-        raise AudioError(f"{path}: expected finite samples")
     if not MIN_RATE <= sample_rate <= MAX_RATE:
         raise AudioError(f"{path}: expected a sample rate of {MIN_RATE}..{MAX_RATE} Hz, got {sample_rate}")
-    pcm = np.clip(np.rint(wav.astype(np.float64) * 32_768.0), -32_768, 32_767).astype(np.int16)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, pcm, sample_rate, format="WAV", subtype="PCM_16")
-    atomic_write(path, buffer.getvalue())
+    with (
+        atomic_stream(path) as stream,
+        soundfile.SoundFile(stream, "w", sample_rate, 1, format="WAV", subtype="PCM_16") as sound,
+    ):
+        for piece in pieces:
+            wav = np.asarray(piece)
+            if wav.ndim != 1:
+                raise AudioError(f"{path}: expected a wave of shape [S], got {list(wav.shape)}")
+            if not np.isfinite(wav).all():
+                raise AudioError(f"{path}: expected finite samples")
+            pcm = np.clip(np.rint(wav.astype(np.float64) * 32_768.0), -32_768, 32_767)
+            sound.write(pcm.astype(np.int16))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from mimo_jax.config import AudioTokenizerConfig
 
 
 def num_mel_frames(num_samples: int, config: AudioTokenizerConfig) -> int:
-    """Mel frames T_i of a clip of `num_samples` samples: one every hop, centred, the first at sample 0."""
+    """Mel frames T_i of a clip: one every hop, centred, the first at sample 0."""
     return num_samples // config.mel.hop_length + 1
 
 
 def num_codes(num_samples: int, config: AudioTokenizerConfig) -> int:
-    """RVQ frames M_i of a clip of `num_samples` samples."""
+    """RVQ frames M_i of a clip."""
     return -(-num_mel_frames(num_samples, config) // config.mel_frames_per_code)
 
 
@@ -26,16 +26,12 @@ def guard_codes(config: AudioTokenizerConfig) -> int:
 
 
 def slot_codes(num_samples: int, config: AudioTokenizerConfig) -> int:
-    """RVQ frames that a clip of `num_samples` samples takes up in a row: M_i and the guard."""
+    """RVQ frames that a clip takes up in a row: M_i and the guard."""
     return num_codes(num_samples, config) + guard_codes(config)
 
 
 def reflect_pad(wav: np.ndarray, config: AudioTokenizerConfig) -> np.ndarray:
-    """Reflects n_fft / 2 samples at both ends of a clip: un-centred frames of the result are centred ones of the clip.
-
-    Raises:
-        ValueError: the clip is not one-dimensional, or empty.
-    """
+    """Reflects n_fft / 2 samples at both ends of a clip [S]: un-centred frames of the result are centred ones of it."""
     if wav.ndim != 1 or len(wav) == 0:
         raise ValueError(f"wav: expected a mono clip of at least one sample, got an array of shape {wav.shape}")
     return np.pad(wav, config.mel.n_fft // 2, mode="reflect")
@@ -60,10 +56,8 @@ def write_frames(
         row_segment_ids_T: int32 row at 100 Hz, written in place.
         start_code: first RVQ frame of the slot.
         padded: the whole clip after `reflect_pad`.
-        first_frame: first mel frame of the clip to write.
-        num_frames: number of mel frames.
+        first_frame, num_frames: mel frames of the clip.
         segment: id of the segment, 1 or more.
-        config: the audio tokenizer.
 
     Returns:
         Length of the slot in RVQ frames; the next slot may begin at `start_code` plus it.
@@ -95,14 +89,7 @@ def write_clip(
     segment: int,
     config: AudioTokenizerConfig,
 ) -> int:
-    """Writes one whole clip into a slot that begins at RVQ frame `start_code`; arguments as for `write_frames`.
-
-    Returns:
-        Length of the slot in RVQ frames, `slot_codes(len(wav), config)`.
-
-    Raises:
-        ValueError: the clip is empty, or its slot does not fit in the row.
-    """
+    """Writes one whole clip [S_i] into a slot; see `write_frames`."""
     frames = num_mel_frames(len(wav), config)
     return write_frames(row_wav_S, row_segment_ids_T, start_code, reflect_pad(wav, config), 0, frames, segment, config)
 
@@ -116,18 +103,10 @@ def empty_row(codes: int, config: AudioTokenizerConfig) -> tuple[np.ndarray, np.
 def pack_clips(
     wavs: list[np.ndarray], config: AudioTokenizerConfig, num_codes: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Packs clips into one row, in order, as segments 1, 2, ...
-
-    Args:
-        wavs: mono clips [S_i] at the tokenizer's sample rate.
-        config: the audio tokenizer.
-        num_codes: RVQ frames of the row; as many as the clips need by default.
+    """Packs clips [S_i] into one row of `num_codes` RVQ frames (as many as they need by default).
 
     Returns:
-        wav_BS float32 [1, S] and segment_ids_BT int32 [1, T].
-
-    Raises:
-        ValueError: a clip is empty, or the clips do not fit in `num_codes`.
+        wav_BS float32 [1, S] and segment_ids_BT int32 [1, T], in which the clips are segments 1, 2, ... in order.
     """
     total = sum(slot_codes(len(wav), config) for wav in wavs)
     wav_S, segment_ids_T = empty_row(total if num_codes is None else num_codes, config)
@@ -135,24 +114,3 @@ def pack_clips(
     for i, wav in enumerate(wavs):
         start += write_clip(wav_S, segment_ids_T, start, wav, i + 1, config)
     return wav_S[None], segment_ids_T[None]
-
-
-def unpack(values: np.ndarray, segment_ids: np.ndarray) -> list[np.ndarray]:
-    """Splits one row into its segments, in order of their ids: the inverse of packing, on any grid.
-
-    Args:
-        values: [n, ...]: codes [M, R] with segment ids [M], mel frames with ids [T], or samples [S] with ids [M] or [T]
-            (every id then stands for S / M samples).
-        segment_ids: int32; 0 is padding and is left out.
-
-    Returns:
-        One array for each segment.
-
-    Raises:
-        ValueError: the length of `values` is not a multiple of the number of ids.
-    """
-    repeat, rest = divmod(len(values), len(segment_ids))
-    if rest:
-        raise ValueError(f"values: expected a multiple of {len(segment_ids)} entries, got {len(values)}")
-    ids = np.repeat(np.asarray(segment_ids), repeat)
-    return [np.asarray(values)[ids == segment] for segment in np.unique(ids[ids > 0])]

@@ -7,7 +7,9 @@ Needs the optional extra `synth` (`pip install 'mimo-jax[synth]'`). The GPL libr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -24,19 +26,12 @@ class SynthError(RuntimeError):
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker: an espeak-ng voice and the word that describes who is heard.
+    """A speaker: an espeak-ng voice and the word that describes who is heard."""
 
-    Attributes:
-        name: speaker label.
-        espeak: espeak-ng voice name, `language` or `language+variant`.
-        person: "man" or "woman", as the voice sounds.
-        language: BCP 47 tag.
-    """
-
-    name: str
-    espeak: str
-    person: str
-    language: str = "en"
+    name: str  # speaker label
+    espeak: str  # espeak-ng's name of it, `language` or `language+variant`
+    person: str  # "man" or "woman", as it sounds
+    language: str = "en"  # BCP 47
 
 
 # Voices that a speech recogniser understands. espeak-ng's own default voice is male.
@@ -57,21 +52,13 @@ VOICES: dict[str, Voice] = {
 
 @dataclass(frozen=True)
 class Utterance:
-    """What to say and how.
-
-    Attributes:
-        text: plain text, one or more sentences.
-        voice: key of `VOICES`.
-        rate: words per minute, 80 to 450.
-        pitch: 0 (low) to 100 (high); 50 is the voice's own.
-        seed: of the voice's breath and flutter.
-    """
+    """What to say and how."""
 
     text: str
-    voice: str = "default"
-    rate: int = 165
-    pitch: int = 50
-    seed: int = 0
+    voice: str = "default"  # key of `VOICES`
+    rate: int = 165  # words per minute, 80 to 450
+    pitch: int = 50  # 0 (low) to 100 (high); 50 is the voice's own
+    seed: int = 0  # of the voice's breath and flutter
 
 
 @dataclass(frozen=True)
@@ -85,15 +72,9 @@ class Word:
 
 @dataclass(frozen=True)
 class Speech:
-    """Synthesised audio.
+    """Synthesised audio; `" ".join` of the words' texts is the text, whitespace normalised."""
 
-    Attributes:
-        wav: float32 [S] in [-1, 1].
-        sample_rate: Hz.
-        words: the words of the text in order; `" ".join` of their texts is the text, whitespace normalised.
-    """
-
-    wav: np.ndarray
+    wav: np.ndarray  # float32 [S] in [-1, 1]
     sample_rate: int
     words: tuple[Word, ...]
 
@@ -123,30 +104,19 @@ class Synthesizer:
         self.close()
 
     def close(self) -> None:
-        """Ends the process."""
         cast(IO[bytes], self._process.stdout).close()
         with contextlib.suppress(BrokenPipeError):
             cast(IO[bytes], self._process.stdin).close()
         self._process.wait()
 
     def speak(self, utterance: Utterance) -> Speech:
-        """Speaks one utterance.
-
-        Raises:
-            SynthError: the voice is unknown, the text is empty, or espeak-ng failed.
-        """
+        """Speaks one utterance; raises SynthError if the voice is unknown, the text empty, or espeak-ng fails."""
         if utterance.voice not in VOICES:
             raise SynthError(f"unknown voice {utterance.voice!r}; known are {', '.join(VOICES)}")
         text = " ".join(utterance.text.split())
         if not text:
             raise SynthError("the text to speak is empty")
-        request = {
-            "text": text,
-            "voice": VOICES[utterance.voice].espeak,
-            "rate": utterance.rate,
-            "pitch": utterance.pitch,
-            "seed": utterance.seed,
-        }
+        request = dataclasses.asdict(utterance) | {"text": text, "voice": VOICES[utterance.voice].espeak}
         stdin, stdout = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
         try:
             stdin.write(json.dumps(request).encode() + b"\n")
@@ -173,24 +143,14 @@ def _words(text: str, events: list[list[int]], num_samples: int, sample_rate: in
     The library announces words by its own rules: it splits some ("o'clock") and swallows others (it reads "did not"
     as one). A word begins at its first event; words without an event belong to the word before them.
     """
-    starts = []
-    position = 0
-    for word in text.split(" "):
-        starts.append(position)
-        position += len(word) + 1
+    tokens = text.split(" ")
     first_sample: dict[int, int] = {}
     for character, sample in events:
-        index = int(np.searchsorted(starts, character, side="right")) - 1
-        first_sample.setdefault(max(index, 0), sample)
+        first_sample.setdefault(text.count(" ", 0, max(character, 0)), sample)
+    first_sample.setdefault(0, 0)
+    first_sample[len(tokens)] = num_samples
     heads = sorted(first_sample)
-    if not heads or heads[0] != 0:
-        heads = [0, *heads]
-        first_sample[0] = 0
-    tokens = text.split(" ")
-    out = []
-    for i, head in enumerate(heads):
-        last = i + 1 == len(heads)
-        until = len(tokens) if last else heads[i + 1]
-        end = num_samples if last else first_sample[heads[i + 1]]
-        out.append(Word(" ".join(tokens[head:until]), first_sample[head] / sample_rate, end / sample_rate))
-    return tuple(out)
+    return tuple(
+        Word(" ".join(tokens[head:until]), first_sample[head] / sample_rate, first_sample[until] / sample_rate)
+        for head, until in itertools.pairwise(heads)
+    )

@@ -30,6 +30,7 @@ ASTERISK_LANGUAGES = ("en", "es", "fr", "it", "ru")
 _LANGUAGE_NAMES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
 _PERSONS = {"f": "woman", "m": "man"}
 _BRACKETS = re.compile(r"[\[\](){}<>]")
+_SAMPLE_RATE = 16_000  # what the recordings have
 _VALIDATION_SHARE = 20  # one text in so many
 _FESTVOX = "usr/share/festival/voices/russian/msu_ru_nsh_clunits"
 
@@ -53,7 +54,6 @@ def prepare_debian(
     languages: Sequence[str] = ASTERISK_LANGUAGES,
     festvox: bool = True,
     min_characters: int = 1,
-    sample_rate: int = 16_000,
     progress: Callable[[str], None] = lambda line: None,
 ) -> CorpusSummary:
     """Writes WAV files, `train.jsonl` and `validation.jsonl` of the packages that are installed.
@@ -64,7 +64,6 @@ def prepare_debian(
         languages: of the Asterisk prompts.
         festvox: whether to include festvox-ru.
         min_characters: shorter transcripts are left out (many prompts are single words).
-        sample_rate: Hz of the WAV files; 16 kHz is what the recordings have.
         progress: takes a line now and then.
 
     Raises:
@@ -90,7 +89,7 @@ def prepare_debian(
             skipped.append(f"{recording.path}: transcript shorter than {min_characters} characters")
             continue
         try:
-            wav = load_audio(recording.path, sample_rate)
+            wav = load_audio(recording.path, _SAMPLE_RATE)
         except AudioError as error:
             skipped.append(str(error))
             continue
@@ -98,7 +97,7 @@ def prepare_debian(
             folder,
             f"audio/{recording.language}/{recording.speaker}/{recording.name}.wav",
             wav,
-            sample_rate,
+            _SAMPLE_RATE,
             text=recording.text,
             language=recording.language,
             speaker=recording.speaker,

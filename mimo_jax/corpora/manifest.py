@@ -19,35 +19,18 @@ _PEAK = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class CorpusSummary:
-    """What was written.
-
-    Attributes:
-        folder: of the corpus.
-        train: manifest of the training clips.
-        validation: manifest of the held-out clips.
-        clips: number of clips, training and held out.
-        seconds: seconds of audio, training and held out.
-        skipped: one line for each recording that was left out, with the reason.
-    """
+    """What was written."""
 
     folder: Path
-    train: Path
-    validation: Path
-    clips: tuple[int, int]
+    train: Path  # manifest of the training clips
+    validation: Path  # and of the held-out ones
+    clips: tuple[int, int]  # training and held out
     seconds: tuple[float, float]
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...]  # one line for each recording that was left out, with the reason
 
 
 def write_clip(folder: Path, name: str, wav: np.ndarray, sample_rate: int, **fields: Any) -> dict[str, Any]:
-    """Writes one clip and returns its manifest line.
-
-    Args:
-        folder: of the corpus.
-        name: path of the WAV file in it.
-        wav: float32 [S].
-        sample_rate: Hz.
-        **fields: manifest fields; empty ones are left out.
-    """
+    """Writes clip float32 [S] to the WAV file `name` of the folder; returns its manifest line, without empty fields."""
     save_wav(folder / name, equal_loudness(wav), sample_rate)
     line = {"audio": name, "duration": round(len(wav) / sample_rate, 4)}
     return line | {key: value for key, value in fields.items() if value}

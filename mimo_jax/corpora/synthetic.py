@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from mimo_jax.atomic import atomic_write
 from mimo_jax.audio.files import AudioError, load_audio, resample
 from mimo_jax.audio.synth import VOICES, Synthesizer, Utterance
 from mimo_jax.corpora.manifest import CorpusSummary, write_clip, write_manifests
-from mimo_jax.corpora.sentences import sentences as own_sentences
-from mimo_jax.corpora.sentences import texts as own_texts
 from mimo_jax.data.manifest import Manifest
 
 QUICKSTART_VOICES = ("default", "reed", "m3", "f2", "f4", "f5")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".m4a", ".g722")
 
+SAMPLE_RATE = 24_000  # Hz of the WAV files
 _RATES = {"slowly": 130, "": 165, "quickly": 210}  # words per minute
 _PITCHES = {"low": 25, "": 50, "high": 80}
 _PAIR_SHARE = 0.25  # clips that hold two sentences, so that interleaved documents have places to cut
@@ -33,7 +33,7 @@ def caption(person: str, pace: str, pitch: str) -> str:
     >>> caption("man", "slowly", "low")
     'A man speaks slowly in a low voice.'
     """
-    return f"A {person} speaks{' ' + pace if pace else ''}{f' in a {pitch} voice' if pitch else ''}."
+    return f"A {person} speaks{_style(pace, pitch)}."
 
 
 def instruction(pace: str, pitch: str) -> str:
@@ -42,23 +42,31 @@ def instruction(pace: str, pitch: str) -> str:
     >>> instruction("slowly", "low")
     'Speak slowly in a low voice.'
     """
-    if not pace and not pitch:
-        return "Speak in your normal voice."
-    return f"Speak{' ' + pace if pace else ''}{f' in a {pitch} voice' if pitch else ''}."
+    return f"Speak{_style(pace, pitch) or ' in your normal voice'}."
+
+
+def _style(pace: str, pitch: str) -> str:
+    return f"{' ' + pace if pace else ''}{f' in a {pitch} voice' if pitch else ''}"
+
+
+def shipped_lines(name: str) -> list[str]:
+    """The lines of one of the English files that were written for this package.
+
+    `sentences.txt` has one sentence of 8 to 16 words a line, for speech; `texts.txt` one text of two to four sentences
+    a line, for text-only training. No sentence occurs in both.
+    """
+    content = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return [line for line in content.splitlines() if line]
 
 
 def build_corpus(
     folder: str | Path,
     *,
     sentences: Sequence[str] | None = None,
-    texts: Sequence[str] | None = None,
-    voices: Sequence[str] = QUICKSTART_VOICES,
     minutes: float = 18.0,
     validation_sentences: int = 40,
-    seed: int = 0,
     recorded: Iterable[str | Path] = (),
     audio: Iterable[str | Path] = (),
-    sample_rate: int = 24_000,
     progress: Callable[[str], None] = lambda line: None,
 ) -> CorpusSummary:
     """Builds the corpus.
@@ -66,15 +74,11 @@ def build_corpus(
     Args:
         folder: where it is written.
         sentences: what to speak; the package's own by default.
-        texts: text-only documents; the package's own by default.
-        voices: keys of `mimo_jax.audio.synth.VOICES`; each held-out sentence gets one of them in turn.
         minutes: synthetic speech to make for training. Every sentence is spoken once before any is spoken again.
         validation_sentences: sentences that are held out, in speech and in text.
-        seed: of the split, the styles and the order.
         recorded: manifests of recorded speech to include (missing ones are skipped); every fifth clip is held out.
         audio: folders with recordings of the user, any format that is read; the transcript of `x.wav` is `x.txt` beside
             it, if there is one. Every tenth recording is held out.
-        sample_rate: Hz of the WAV files.
         progress: takes a line now and then.
 
     Raises:
@@ -83,14 +87,14 @@ def build_corpus(
         ValueError: fewer sentences than are to be held out.
     """
     folder = Path(folder)
-    spoken = list(own_sentences() if sentences is None else sentences)
+    spoken = list(shipped_lines("sentences.txt") if sentences is None else sentences)
     if not 0 < validation_sentences < len(spoken):
         raise ValueError(f"validation_sentences: expected 1..{len(spoken) - 1}, got {validation_sentences}")
-    random.Random(f"split {seed}").shuffle(spoken)
+    random.Random("split 0").shuffle(spoken)
     held_out, learnt = spoken[:validation_sentences], spoken[validation_sentences:]
 
-    train = _speak(folder, "t", learnt, voices, minutes * 60.0, seed, sample_rate, progress)
-    validation = _speak(folder, "v", held_out, voices, None, seed, sample_rate, progress)
+    train = _speak(folder, "t", learnt, minutes * 60.0, progress)
+    validation = _speak(folder, "v", held_out, None, progress)
     skipped: list[str] = []
     for kind, lines, every in (
         ("recorded", _recordings_of_manifests(recorded), 5),
@@ -99,18 +103,18 @@ def build_corpus(
         done = 0
         for path, fields in lines:
             try:
-                wav = load_audio(path, sample_rate)
+                wav = load_audio(path, SAMPLE_RATE)
             except AudioError as error:
                 skipped.append(str(error))
                 continue
-            clip = write_clip(folder, f"audio/{kind}-{done:05d}.wav", wav, sample_rate, **fields)
+            clip = write_clip(folder, f"audio/{kind}-{done:05d}.wav", wav, SAMPLE_RATE, **fields)
             done += 1
             (validation if done % every == 0 else train).append(clip)
         if done:
             progress(f"{done} recordings ({kind})")
 
-    documents = list(own_texts() if texts is None else texts)
-    random.Random(f"texts {seed}").shuffle(documents)
+    documents = shipped_lines("texts.txt")
+    random.Random("texts 0").shuffle(documents)
     split = len(documents) // 10
     _write_lines(folder / "validation.txt", [*documents[:split], *held_out])
     _write_lines(folder / "train.txt", [*documents[split:], *learnt])
@@ -118,17 +122,10 @@ def build_corpus(
 
 
 def _speak(
-    folder: Path,
-    prefix: str,
-    sentences: Sequence[str],
-    voices: Sequence[str],
-    seconds: float | None,
-    seed: int,
-    sample_rate: int,
-    progress: Callable[[str], None],
+    folder: Path, prefix: str, sentences: Sequence[str], seconds: float | None, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Speaks all sentences once (`seconds` None), or goes on through them until there is as much speech."""
-    draw = random.Random(f"{prefix} {seed}")
+    draw = random.Random(f"{prefix} 0")
     clips: list[dict[str, Any]] = []
     total, spoken = 0.0, 0
     with Synthesizer() as synthesizer:
@@ -138,15 +135,15 @@ def _speak(
             spoken += len(chosen)
             pace = draw.choice(["", "", "slowly", "quickly"])
             pitch = draw.choice(["", "", "low", "high"])
-            voice = voices[(len(clips) + turn) % len(voices)]
+            voice = QUICKSTART_VOICES[(len(clips) + turn) % len(QUICKSTART_VOICES)]
             speech = synthesizer.speak(
                 Utterance(" ".join(chosen), voice, _RATES[pace], _PITCHES[pitch], seed=len(clips))
             )
             clip = write_clip(
                 folder,
                 f"audio/{prefix}{len(clips):05d}-{voice}.wav",
-                resample(speech.wav, speech.sample_rate, sample_rate),
-                sample_rate,
+                resample(speech.wav, speech.sample_rate, SAMPLE_RATE),
+                SAMPLE_RATE,
                 text=" ".join(chosen),
                 language=VOICES[voice].language,
                 speaker=f"espeak-{voice}",
@@ -181,12 +178,8 @@ def _recordings_of_folders(folders: Iterable[str | Path]) -> Iterable[tuple[Path
             raise AudioError(f"{folder}: expected a folder with recordings ({', '.join(AUDIO_SUFFIXES)})")
         for path in found:
             transcript = path.with_suffix(".txt")
-            text = (
-                " ".join(transcript.read_text(encoding="utf-8", errors="replace").split())
-                if transcript.is_file()
-                else ""
-            )
-            yield path, {"text": text}
+            text = transcript.read_text(encoding="utf-8", errors="replace") if transcript.is_file() else ""
+            yield path, {"text": " ".join(text.split())}
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -31,15 +31,12 @@ def hash_arrays(*values: int | np.ndarray) -> np.ndarray:
     h = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in values)), np.uint64)
     with np.errstate(over="ignore"):
         for value in values:
-            h = (h ^ _to_uint64(value)) + np.uint64(_GOLDEN)
+            words = np.asarray(value & _MASK if isinstance(value, int) else value).astype(np.uint64)
+            h = (h ^ words) + np.uint64(_GOLDEN)
             h = (h ^ (h >> np.uint64(30))) * np.uint64(_M1)
             h = (h ^ (h >> np.uint64(27))) * np.uint64(_M2)
             h = h ^ (h >> np.uint64(31))
     return h
-
-
-def _to_uint64(value: int | np.ndarray) -> np.ndarray:
-    return np.asarray(value & _MASK if isinstance(value, int) else value).astype(np.uint64)
 
 
 def hash_text(text: str) -> int:
@@ -63,8 +60,6 @@ class Permutation:
     _ROUNDS = 6
 
     def __init__(self, size: int, key: int):
-        if size <= 0:
-            raise ValueError(f"size: expected a positive integer, got {size}")
         self.size = size
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._keys = [hash_ints(key, r) for r in range(self._ROUNDS)]

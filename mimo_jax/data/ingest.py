@@ -1,4 +1,4 @@
-"""Ingest: recordings or text files → a shard set (`mimo_jax.data.shards`).
+"""Ingest: recordings, conversations or text files → a shard set (`mimo_jax.data.shards`).
 
 The inputs are dealt to shards by number, so a shard's contents depend on nothing but the inputs and the settings. Each
 shard is written beside its place, renamed, and then noted in `.ingest/`; a restart makes only what is missing, and what
@@ -26,7 +26,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mimo_jax.data.manifest import Manifest, ManifestEntry, ManifestError
+from mimo_jax.config import AudioTokenizerConfig
+from mimo_jax.data.conversations import Conversation, Conversations, make_record, record_format
+from mimo_jax.data.layouts import CONVERSATION_FORMATS
+from mimo_jax.data.manifest import Manifest, ManifestEntry, ManifestError, is_text, parse_line
 from mimo_jax.data.records import DataError, Record
 from mimo_jax.data.shards import (
     MANIFEST,
@@ -43,6 +46,7 @@ from mimo_jax.data.shards import (
 
 _WORK = ".ingest"
 _SHOWN_SKIPS = 10
+_COUNTED = ("text", "caption", "instruction", "segments")  # fields of a record
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,6 @@ def ingest_audio(
     *,
     text_tokenizer: Any = None,
     records_per_shard: int = 1024,
-    batch_seconds: float = 120.0,
     max_skipped: float = 0.05,
     worker: tuple[int, int] = (0, 1),
     threads: int = 2,
@@ -93,7 +96,6 @@ def ingest_audio(
         out: folder of the set; new, or one that the same ingest has begun.
         text_tokenizer: also compute the lengths index for it.
         records_per_shard: lines of the manifest that one shard takes.
-        batch_seconds: audio that the codec gets at once (a clip's codes do not depend on the clips beside it).
         max_skipped: share of the lines that may be left out because their audio cannot be used; one always may.
         worker: (i, n): make only every n-th shard, from i on.
         threads: threads that decode audio.
@@ -119,12 +121,78 @@ def ingest_audio(
         "tokenizer": codec.fingerprint,
         "codebook_sizes": list(config.rvq.codebook_sizes),
         "frame_rate": config.frame_rate,
+        "resampler": config.resampler,
         "records_per_shard": records_per_shard,
     }
 
     def make(start: int, stop: int) -> Iterator[Record | Skip]:
         with ThreadPoolExecutor(threads) as pool:
-            yield from _encode(lines.read(start, stop), codec, batch_seconds, pool, 2 * threads + 2)
+            yield from _encode(lines.read(start, stop), codec, pool, 2 * threads + 2)
+
+    return _make_set(Path(out), settings, len(lines), make, max_skipped, worker, text_tokenizer, progress)
+
+
+def ingest_conversations(
+    conversations: str | Path,
+    codec: Any,
+    out: str | Path,
+    *,
+    text_tokenizer: Any = None,
+    records_per_shard: int = 1024,
+    max_skipped: float = 0.05,
+    worker: tuple[int, int] = (0, 1),
+    threads: int = 2,
+    progress: bool = True,
+) -> ShardSet | None:
+    """Tokenises the recordings of conversations into a shard set, each once per shard; arguments as `ingest_audio`.
+
+    A conversation of which a recording cannot be used is left out.
+
+    Args:
+        conversations: file in the template (`mimo_jax.data.conversations`).
+    """
+    if threads <= 0:
+        raise DataError(f"threads: expected a positive integer, got {threads}")
+    lines = Conversations(conversations)
+    config = codec.config
+    settings = {
+        "kind": "conversation",
+        "manifest": lines.sha256,
+        "tokenizer": codec.fingerprint,
+        "codebook_sizes": list(config.rvq.codebook_sizes),
+        "frame_rate": config.frame_rate,
+        "resampler": config.resampler,
+        "records_per_shard": records_per_shard,
+    }
+
+    def make(start: int, stop: int) -> Iterator[Record | Skip]:
+        waiting: deque[Conversation] = deque()
+        done: dict[str, Record | Skip] = {}
+
+        def recordings() -> Iterator[ManifestEntry]:
+            asked: set[str] = set()
+            for conversation in lines.read(start, stop):
+                waiting.append(conversation)
+                for path in conversation.audio:
+                    if path not in asked:
+                        asked.add(path)
+                        yield ManifestEntry(audio=Path(path), id=path)
+
+        def complete() -> Iterator[Record | Skip]:
+            while waiting and all(path in done for path in waiting[0].audio):
+                conversation = waiting.popleft()
+                parts = [done[path] for path in conversation.audio]
+                broken = next((p for p in parts if isinstance(p, Skip)), None)
+                clips = [p for p in parts if isinstance(p, Record)]
+                yield broken or make_record(
+                    conversation, [c.codes_MR for c in clips], sum(c.duration for c in clips), config.rvq.num_levels
+                )
+
+        with ThreadPoolExecutor(threads) as pool:
+            for result in _encode(recordings(), codec, pool, 2 * threads + 2):
+                done[result.name if isinstance(result, Skip) else result.id] = result
+                yield from complete()
+        yield from complete()
 
     return _make_set(Path(out), settings, len(lines), make, max_skipped, worker, text_tokenizer, progress)
 
@@ -179,45 +247,30 @@ def ingest_text(
 
 
 def _encode(
-    entries: Iterable[ManifestEntry], codec: Any, batch_seconds: float, pool: ThreadPoolExecutor, ahead: int
+    entries: Iterable[ManifestEntry], codec: Any, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Record | Skip]:
-    """Decodes ahead in `pool` and encodes in batches; one result for each entry, in an order fixed by the entries."""
-    config = codec.config
-    rate = config.mel.sample_rate
-    batch: list[tuple[ManifestEntry, np.ndarray]] = []
-    samples = 0
-    for entry, wav in _decoded(entries, rate, config.mel.n_fft // 2 + 1, pool, ahead):
-        if isinstance(wav, Skip):
-            yield wav
-            continue
-        if batch and samples + len(wav) > batch_seconds * rate:
-            yield from _encode_batch(batch, codec, rate)
-            batch, samples = [], 0
-        batch.append((entry, wav))
-        samples += len(wav)
-    if batch:
-        yield from _encode_batch(batch, codec, rate)
-
-
-def _decoded(
-    entries: Iterable[ManifestEntry], rate: int, shortest: int, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[ManifestEntry, np.ndarray | Skip]]:
+    """Decodes ahead in `pool` and encodes; one result for each entry, in order."""
     waiting: deque[tuple[ManifestEntry, Future[np.ndarray | Skip]]] = deque()
+
+    def result() -> Record | Skip:
+        entry, future = waiting.popleft()
+        wav = future.result()
+        return wav if isinstance(wav, Skip) else _record(entry, wav, codec)
+
     for entry in entries:
-        waiting.append((entry, pool.submit(_load, entry, rate, shortest)))
+        waiting.append((entry, pool.submit(_load, entry, codec.config)))
         if len(waiting) > ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
+            yield result()
+    while waiting:
+        yield result()
 
 
-def _load(entry: ManifestEntry, rate: int, shortest: int) -> np.ndarray | Skip:
+def _load(entry: ManifestEntry, config: AudioTokenizerConfig) -> np.ndarray | Skip:
     from mimo_jax.audio.files import AudioError, load_audio
 
-    name = str(entry.audio)
+    name, rate, shortest = str(entry.audio), config.mel.sample_rate, config.mel.n_fft // 2 + 1
     try:
-        wav = load_audio(entry.audio, rate)
+        wav = load_audio(entry.audio, rate, config.resampler)
     except AudioError as error:
         return Skip(name, fault(str(error)), str(error))
     if len(wav) < shortest:
@@ -249,28 +302,25 @@ def fault(message: str) -> str:
     return next((f for f in _FAULTS if f in message), "unreadable")
 
 
-def _encode_batch(batch: list[tuple[ManifestEntry, np.ndarray]], codec: Any, rate: int) -> Iterator[Record]:
+def _record(entry: ManifestEntry, wav: np.ndarray, codec: Any) -> Record:
     sizes = codec.config.rvq.codebook_sizes
-    codes = codec.encode([wav for _, wav in batch])
-    for (entry, wav), codes_MR in zip(batch, codes, strict=True):
-        codes_MR = np.asarray(codes_MR)
-        if codes_MR.ndim != 2 or codes_MR.shape[1] != len(sizes) or (codes_MR.max(axis=0, initial=0) >= sizes).any():
-            raise DataError(
-                f"{entry.audio}: the audio tokenizer gave codes of shape {list(codes_MR.shape)} "
-                f"that do not fit codebooks {list(sizes)}"
-            )
-        record = Record(
-            id=entry.id,
-            codes_MR=np.ascontiguousarray(codes_MR, np.uint16),
-            text=entry.text,
-            language=entry.language,
-            speaker=entry.speaker,
-            caption=entry.caption,
-            instruction=entry.instruction,
-            segments=entry.segments,
-            duration=len(wav) / rate,
+    codes_MR = np.asarray(codec.encode([wav])[0])
+    if codes_MR.ndim != 2 or codes_MR.shape[1] != len(sizes) or (codes_MR.max(axis=0, initial=0) >= sizes).any():
+        raise DataError(
+            f"{entry.audio}: the audio tokenizer gave codes of shape {list(codes_MR.shape)} "
+            f"that do not fit codebooks {list(sizes)}"
         )
-        yield record
+    return Record(
+        id=entry.id,
+        codes_MR=np.ascontiguousarray(codes_MR, np.uint16),
+        text=entry.text,
+        language=entry.language,
+        speaker=entry.speaker,
+        caption=entry.caption,
+        instruction=entry.instruction,
+        segments=entry.segments,
+        duration=len(wav) / codec.config.mel.sample_rate,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -333,15 +383,11 @@ class _TextCorpus:
 
     @staticmethod
     def _from_json(path: Path, line: int, data: bytes) -> Mapping[str, str]:
-        try:
-            values = json.loads(data.decode())
-        except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number of too many digits
-            raise ManifestError(f"{path}:{line}: expected one JSON object in UTF-8 ({error})") from None
-        if not isinstance(values, dict):
-            raise ManifestError(f"{path}:{line}: expected a JSON object, got {type(values).__name__}")
-        for name, value in values.items():
-            if name in ("text", "id", "language") and not isinstance(value, str):
-                raise ManifestError(f"{path}:{line}: {name}: expected a string, got {value!r}")
+        values = parse_line(path, line, data)
+        for name in ("text", "id", "language"):
+            value = values.get(name, "")
+            if not isinstance(value, str) or not is_text(value):
+                raise ManifestError(f"{path}:{line}: {name}: expected a string without lone surrogates, got {value!r}")
         if not values.get("text", "").strip():
             raise ManifestError(f"{path}:{line}: text: expected a string that is not empty, got {values.get('text')!r}")
         return values
@@ -470,7 +516,9 @@ def _make_shard(
                 continue
             tally.records += 1
             tally.seconds += result.duration
-            tally.counts.update(k for k in ("text", "caption", "instruction", "segments") if getattr(result, k))
+            tally.counts.update(k for k in _COUNTED if getattr(result, k))
+            if result.conversation:
+                tally.counts[CONVERSATION_FORMATS[record_format(result)]] += 1
             yield result
 
     shard = write_shard(out / shard_name(str(settings["kind"]), index, count), records())
@@ -525,6 +573,8 @@ def _finished(
 
 
 def _commit_if_complete(out: Path, settings: Mapping[str, Any], count: int) -> bool:
+    if (out / MANIFEST).is_file():  # another worker was faster
+        return True
     found = [_finished(out, settings, index, count, quick=True) for index in range(count)]
     finished = [f for f in found if f is not None]
     if len(finished) < count:
@@ -546,7 +596,7 @@ def _commit_if_complete(out: Path, settings: Mapping[str, Any], count: int) -> b
         tokenizer=settings.get("tokenizer", ""),
         records=total.records,
         hours=total.seconds / 3600,
-        counts={k: total.counts[k] for k in ("text", "caption", "instruction", "segments")},
+        counts={k: total.counts[k] for k in (*_COUNTED, *sorted(set(total.counts) - set(_COUNTED)))},
         skipped=dict(sorted(Counter(s.reason for s in total.skipped).items())),
         shards=tuple(shard for shard, _ in finished),
         options=settings,

@@ -40,7 +40,8 @@ from mimo_jax.data.records import DataError, Record, segment_pieces
 from mimo_jax.data.shards import IndexEntry, LengthIndex
 
 TASKS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(LayoutWeights))
-TEXT, CONTINUATION, INTERLEAVED, ASR, TTS, CAPTION, INSTRUCT_TTS = range(len(TASKS))
+TEXT, CONTINUATION, INTERLEAVED, ASR, TTS, CAPTION, INSTRUCT_TTS, CONVERSATION = range(8)  # and the formats after it
+CONVERSATION_FORMATS = tuple(name.removeprefix("sft_") for name in TASKS[CONVERSATION:])
 
 PREFIX_MIXED, PREFIX_SPEECH, NEWLINE, OPEN_INSTRUCTION, CLOSE_INSTRUCTION = "[Int]:", "<Spe>:", "\n", "(", ")\n"
 STREAM_GROUP = 5  # text tokens, and patches, of one turn of a stream
@@ -163,7 +164,10 @@ class Layouts:
     # Lengths ----------------------------------------------------------------------------------------------
 
     def eligible(self, index: LengthIndex) -> np.ndarray:
-        """Which records can take which layout: bool [N, 7]. Without a patch budget only `text` is possible."""
+        """Which records can take which layout: bool [N, tasks]. Without a patch budget, only those without speech.
+
+        A conversation takes its own format, if it fits a row: it is never cut.
+        """
         text, speech = index.text > 0, (index.frames > 0) & (self.row_patches > 0)
         segments = np.diff(index.segment_offsets)
         tokens = np.concatenate([[0], np.cumsum(index.segment_tokens, dtype=np.int64)])[index.segment_offsets]
@@ -177,13 +181,22 @@ class Layouts:
             CAPTION: speech & (index.caption > 0),
             INSTRUCT_TTS: speech & text & (index.instruction > 0),
         }
-        return np.stack([columns[i] for i in range(len(TASKS))], axis=1)
+        pretraining = np.stack([columns[i] for i in range(CONVERSATION)], axis=1) & (index.conversation == 0)[:, None]
+        lengths = self.whole_lengths(CONVERSATION, index, np.arange(len(index.frames)))
+        fits = (lengths <= (self.row_length, self.row_patches)).all(axis=1)
+        formats = index.conversation[:, None] == np.arange(1, len(CONVERSATION_FORMATS) + 1)
+        return np.concatenate([pretraining, formats & fits[:, None]], axis=1)
 
     def whole_lengths(self, task: int, index: LengthIndex, records: np.ndarray) -> np.ndarray:
         """Lengths of uncut documents: int64 [n, 2] (positions, patches). Any layout but `interleaved`."""
         text, caption, instruction = (
             np.asarray(a[records], np.int64) for a in (index.text, index.caption, index.instruction)
         )
+        if task >= CONVERSATION:
+            each = -(-(index.segment_ends.astype(np.int64) - index.segment_starts) // self._group)
+            before = np.concatenate([[0], np.cumsum(each)])[index.segment_offsets]
+            patches = np.diff(before)[records]
+            return np.stack([text + patches, patches], axis=1)
         patches = -(-np.asarray(index.frames[records], np.int64) // self._group)
         mixed, newline = len(self._mixed), len(self._newline)
         stream = text + patches + 3  # begin, end, end of text
@@ -385,6 +398,16 @@ class Layouts:
                 )
             spans.append(TextSpan(np.asarray(ids[span.start : span.stop], np.int32), span.target))
         return Document(task, tuple(spans))
+
+    def conversation(self, task: int, record: Record) -> Document:
+        """The document of a conversation, whole.
+
+        Raises:
+            DataError: the record is none.
+        """
+        from mimo_jax.data import conversations  # which needs what is above
+
+        return Document(task, conversations.render(record, self._tokenizer, self._group, self._channels))
 
     def patches(self, codes_MR: np.ndarray, first: int, last: int) -> np.ndarray:
         """Patches of frames first..last: uint16 [patches, G, R], the last frame repeated to fill the last patch."""

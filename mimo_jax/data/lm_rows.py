@@ -6,14 +6,15 @@ B rows, L positions, C patch budget, G frames of a patch, R channels.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mimo_jax.config import AudioLMConfig, LMTrainConfig, SourceConfig
+from mimo_jax.config import AudioLMConfig, LayoutWeights, LMTrainConfig, SourceConfig
 from mimo_jax.data.hashing import hash_arrays, uniform
-from mimo_jax.data.layouts import INTERLEAVED, TASKS, Document, Layouts, SpeechSpan, piece_lengths
+from mimo_jax.data.layouts import CONVERSATION, INTERLEAVED, TASKS, Document, Layouts, SpeechSpan, piece_lengths
 from mimo_jax.data.loader import RowLoader
 from mimo_jax.data.plan import DocumentRef, Documents, RowPlan
 from mimo_jax.data.records import DataError
@@ -43,6 +44,13 @@ class ShardSource:
         self._index = load_index(shards, tokenizer)
         shares = np.asarray(dataclasses.astuple(config.layouts), np.float64)
         wanted = layouts.eligible(self._index) & (shares > 0)
+        talks = self._index.conversation > 0
+        if left_out := int((talks & ~layouts.eligible(self._index).any(axis=1)).sum()):
+            print(
+                f"data source {name!r} ({shards.path}): {left_out} of {int(talks.sum())} conversations are longer than "
+                f"a row ({layouts.row_length} positions, {layouts.row_patches} patches) and are left out",
+                file=sys.stderr,
+            )
         self.records = np.flatnonzero(wanted.any(axis=1))
         if not len(self.records):
             asked = ", ".join(t for t, share in zip(TASKS, shares, strict=True) if share > 0) or "none"
@@ -50,7 +58,7 @@ class ShardSource:
                 f"data source {name!r} ({shards.path}): none of its {len(shards)} records "
                 f"can take a layout of this source ({asked})"
             )
-        self._chances = np.cumsum(wanted * shares, axis=1)  # [N, 7], not normalised
+        self._chances = np.cumsum(wanted * shares, axis=1)  # [N, tasks], not normalised
         sample = self.records[:: max(1, len(self.records) // _SAMPLE)]
         lengths = self.documents(sample, hash_arrays(0, sample)).lengths
         self.mean_length = float(lengths[:, 0].sum() / len(sample))
@@ -97,9 +105,16 @@ class ShardSource:
         records = self.shards.read([r.record for r in refs])
         documents = []
         for ref, record in zip(refs, records, strict=True):
-            piece = self._layouts.plan(ref.task, self._index.entry(ref.record), ref.key)[ref.piece]
-            document = self._layouts.fill(ref.task, piece, record)
-            if (document.num_positions, document.num_patches) != piece_lengths(piece):
+            if ref.task >= CONVERSATION:
+                expected = tuple(
+                    self._layouts.whole_lengths(ref.task, self._index, np.asarray([ref.record]))[0].tolist()
+                )
+                document = self._layouts.conversation(ref.task, record)
+            else:
+                piece = self._layouts.plan(ref.task, self._index.entry(ref.record), ref.key)[ref.piece]
+                expected = piece_lengths(piece)
+                document = self._layouts.fill(ref.task, piece, record)
+            if (document.num_positions, document.num_patches) != expected:
                 raise DataError(
                     f"{self.shards.path}: record {ref.record}: its lengths are not those of the lengths index"
                 )
@@ -239,7 +254,7 @@ def lm_loader(
 
     fingerprint = {
         "sources": {s.name: s.shards.fingerprint for s in sources},
-        "settings": {s.name: [configs[s.name].weight, *dataclasses.astuple(configs[s.name].layouts)] for s in sources},
+        "settings": {s.name: [configs[s.name].weight, *_shares(configs[s.name].layouts)] for s in sources},
         "text_tokenizer": tokenizer.fingerprint,
         "audio_tokenizer": audio_tokenizer[0],
         "model": [model.empty_id, model.group_size, list(model.codebook_sizes)],
@@ -261,6 +276,12 @@ def lm_loader(
         cfg.run.data_threads,
         one_pass=not train,
     )
+
+
+def _shares(layouts: LayoutWeights) -> tuple[float, ...]:
+    """Weights of the layouts; those of conversations only if there are any, as runs from before there were."""
+    shares = dataclasses.astuple(layouts)
+    return shares if any(shares[CONVERSATION:]) else shares[:CONVERSATION]
 
 
 def check_text_tokenizer(tokenizer: Any, model: AudioLMConfig, name: str) -> None:

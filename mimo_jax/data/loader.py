@@ -17,39 +17,11 @@ from mimo_jax.data.records import DataError
 _ENDLESS = 1 << 48
 
 
-class _Rows:
-    """Random access to the rows that one process reads from a step on; what Grain calls a data source."""
-
-    def __init__(
-        self,
-        plan: RowPlan,
-        make_row: Callable[[list[DocumentRef]], Any],
-        empty: Any,
-        rows: int,
-        local: int,
-        offset: int,
-        step: int,
-        stop: int,
-    ):
-        self._plan, self._make_row, self._empty = plan, make_row, empty
-        self._rows, self._local, self._offset, self._step, self._stop = rows, local, offset, step, stop
-
-    def __len__(self) -> int:
-        return (self._stop - self._step) * self._local
-
-    def __getitem__(self, index: int) -> Any:
-        step, place = divmod(int(index), self._local)
-        try:
-            documents = self._plan.row((self._step + step) * self._rows + self._offset + place)
-        except IndexError:  # behind the end of a pass: the last batch is filled up
-            return self._empty
-        return self._make_row(documents)
-
-
 class RowLoader:
     """Iterator over the host-local part of global batches of packed rows (a NamedTuple of arrays, leading axis rows).
 
     A loader over one pass starts anew with every `iter(loader)`; its last batch is filled up with empty rows.
+    `step` counts the batches read so far, which is the position in the data.
 
     Args:
         plan: numbers the rows.
@@ -86,63 +58,51 @@ class RowLoader:
         self._offset = process_index * self._local
         self._stop = -(-plan.num_rows() // rows) if one_pass else _ENDLESS // rows
         self.one_pass = one_pass
-        self._step = 0
+        self.step = 0
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Any]:
-        if self.one_pass and self._step:
+        if self.one_pass and self.step:
             self._seek(0)
         return self
-
-    def __len__(self) -> int:
-        """Batches of one pass."""
-        if not self.one_pass:
-            raise TypeError("an endless loader has no length")
-        return self._stop
 
     def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._open()
         batch = next(self._iterator)
-        self._step += 1
+        self.step += 1
         return batch
 
     def _open(self) -> Any:
         import grain
 
-        source = _Rows(
-            self.plan, self._make_row, self._empty, self._rows, self._local, self._offset, self._step, self._stop
-        )
-        reading = grain.ReadOptions(
-            num_threads=self._threads,
-            prefetch_buffer_size=max(2 * self._local, 2 * self._threads) if self._threads else 0,
-        )
-        dataset = grain.MapDataset.source(source).to_iter_dataset(reading).batch(self._local, batch_fn=_stack)
-        return iter(dataset)
+        def read(number: int) -> Any:
+            step, place = divmod(number, self._local)
+            try:
+                documents = self.plan.row(step * self._rows + self._offset + place)
+            except IndexError:  # behind the end of a pass: the last batch is filled up
+                return self._empty
+            return self._make_row(documents)
+
+        buffer = max(2 * self._local, 2 * self._threads) if self._threads else 0
+        reading = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=buffer)
+        numbers = grain.MapDataset.range(self.step * self._local, self._stop * self._local)
+        return iter(numbers.map(read).to_iter_dataset(reading).batch(self._local, batch_fn=_stack))
 
     def _seek(self, step: int) -> None:
         self.close()
-        self._step = step
-
-    @property
-    def step(self) -> int:
-        """Batches read so far, which is the position in the data."""
-        return self._step
+        self.step = step
 
     def state(self) -> dict[str, int]:
         """What `restore` needs: the step, and where its block of the plan begins. The same on every process."""
         try:
-            block, first = self.plan.locate(self._step * self._rows)
+            block, first = self.plan.locate(self.step * self._rows)
         except IndexError:
-            return {"step": self._step, "block": 0, "block_row": 0}
-        return {"step": self._step, "block": block, "block_row": first}
+            block = first = 0
+        return {"step": self.step, "block": block, "block_row": first}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Continues from what `state` returned; the loader has to have the same fingerprint.
-
-        Raises:
-            DataError: it is no state of this stream.
-        """
+        """Continues from what `state` returned; raises DataError if it is no position of this stream."""
         try:
             step, block, row = (int(state[k]) for k in ("step", "block", "block_row"))
         except (KeyError, TypeError, ValueError):

@@ -5,13 +5,14 @@
      "id": "...", "duration": 1.2}
 
 Relative audio paths start at the manifest's folder. A manifest is checked whole when it is opened, so that a bad line
-is found before any work is done; lines are parsed again when they are read, so memory stays at 8 bytes a line.
+is found before any work is done; lines are parsed again when they are read, so memory stays at 16 bytes a line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,8 @@ class ManifestEntry:
 class Manifest:
     """A checked JSONL manifest: `len(manifest)`, `manifest[i]`, iteration. Blank lines are skipped.
 
-    Attributes:
-        path: the file.
-        sha256: checksum of its bytes.
-        unused_fields: keys that occur in it and mean nothing here, for a notice to the user.
+    `sha256` is the checksum of the file; `unused_fields` are keys that occur in it and mean nothing here, for a notice
+    to the user.
 
     Raises:
         ManifestError: the file is missing, empty, or a line is wrong (the first such line is named).
@@ -63,29 +62,27 @@ class Manifest:
         self.path = Path(path)
         self._folder = self.path.absolute().parent
         digest, position = hashlib.sha256(), 0
-        offsets: list[int] = []
-        lines: list[int] = []
+        places = array("q")
         unused: set[str] = set()
         try:
             with open(self.path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     digest.update(line)
                     if line.strip():
-                        values = self._parse(line, number)
+                        values = parse_line(self.path, number, line)
                         self._entry(values, number)
                         unused.update(k for k in values if k not in FIELDS)
-                        offsets.append(position)
-                        lines.append(number)
+                        places.extend((position, number))
                     position += len(line)
         except OSError as error:
             raise ManifestError(f"{self.path}: cannot read the manifest ({error.strerror})") from None
-        if not offsets:
+        if not places:
             raise ManifestError(f"{self.path}: expected at least one line, the manifest is empty")
-        self._offsets, self._lines = np.asarray(offsets, np.int64), np.asarray(lines, np.int64)
+        self._places = np.asarray(places).reshape(-1, 2)  # offset and number of each line
         self.sha256, self.unused_fields = digest.hexdigest(), sorted(unused)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> ManifestEntry:
         return next(self.read(index, index + 1))
@@ -98,23 +95,9 @@ class Manifest:
         if not 0 <= start < len(self):
             raise IndexError(f"{self.path}: entry {start} of {len(self)}")
         with open(self.path, "rb") as file:
-            for i in range(start, min(stop, len(self))):
-                file.seek(int(self._offsets[i]))
-                number = int(self._lines[i])
-                yield self._entry(self._parse(file.readline(), number), number)
-
-    def where(self, index: int) -> str:
-        """`file:line` of an entry, for messages."""
-        return f"{self.path}:{int(self._lines[index])}"
-
-    def _parse(self, line: bytes, number: int) -> Mapping[str, Any]:
-        try:
-            values = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number of too many digits
-            raise ManifestError(f"{self.path}:{number}: expected one JSON object in UTF-8 ({error})") from None
-        if not isinstance(values, dict):
-            raise ManifestError(f"{self.path}:{number}: expected a JSON object, got {type(values).__name__}")
-        return values
+            for offset, number in self._places[start:stop]:
+                file.seek(offset)
+                yield self._entry(parse_line(self.path, number, file.readline()), number)
 
     def _entry(self, values: Mapping[str, Any], number: int) -> ManifestEntry:
         def fail(name: str, expected: str, got: object) -> ManifestError:
@@ -126,7 +109,7 @@ class Manifest:
             if value is not None and not isinstance(value, str):
                 raise fail(name, "a string", value)
             texts[name] = (value or "").strip()
-            if not _is_text(texts[name]):
+            if not is_text(texts[name]):
                 raise fail(name, "text without lone surrogates", value)
         if not texts["audio"] or "\0" in texts["audio"]:
             raise fail("audio", "the path of an audio file", values.get("audio"))
@@ -146,7 +129,7 @@ class Manifest:
                 raise fail(f"{name}.start", "seconds, not before the segment before", start)
             if end is None or not _is_time(end) or end < start:
                 raise fail(f"{name}.end", "seconds, not before start", end)
-            if not isinstance(text, str) or not _is_text(text):
+            if not isinstance(text, str) or not is_text(text):
                 raise fail(f"{name}.text", "a string", text)
             segments.append(Segment(float(start), float(end), text.strip()))
         audio = texts.pop("audio")
@@ -158,7 +141,18 @@ def _is_time(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
-def _is_text(value: str) -> bool:
+def parse_line(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
+    """The JSON object of a line, or ManifestError."""
+    try:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number of too many digits
+        raise ManifestError(f"{path}:{number}: expected one JSON object in UTF-8 ({error})") from None
+    if not isinstance(values, dict):
+        raise ManifestError(f"{path}:{number}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def is_text(value: str) -> bool:
     try:
         value.encode()
     except UnicodeEncodeError:  # a lone surrogate, which JSON can write and no tokenizer or file can hold

@@ -14,14 +14,11 @@ def pack(lengths: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:
     taken (of several, the one that came to that point first). The result depends on nothing but the arguments.
 
     Args:
-        lengths: int [n, budgets], what each document takes of each budget.
+        lengths: int [n, budgets], what each document takes of each budget; raises ValueError if one exceeds a row.
         capacities: what a row has of each budget.
 
     Returns:
-        For each row the numbers of its documents, ascending. No row exceeds a budget.
-
-    Raises:
-        ValueError: a document is larger than a row.
+        For each row the numbers of its documents, ascending.
     """
     lengths = np.asarray(lengths, np.int64).reshape(-1, len(capacities))
     over = lengths > np.asarray(capacities)

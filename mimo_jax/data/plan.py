@@ -28,27 +28,20 @@ _RATE_BITS = 40
 
 
 class DocumentRef(NamedTuple):
-    """Where a document of a row comes from.
+    """Where a document of a row comes from."""
 
-    `source` counts the plan's sources, `record` is the record's number in its source, `task` the layout, `key` the
-    random key of the document, `piece` which of the pieces of a cut one.
-    """
-
-    source: int
-    record: int
+    source: int  # number of the source in the plan
+    record: int  # and of the record in it
     epoch: int
-    task: int
-    key: int
-    piece: int
+    task: int  # the layout
+    key: int  # random key of the document
+    piece: int  # which of the pieces of a cut document
 
 
 class Documents(NamedTuple):
-    """Documents that a source makes of some records; a record may become several (pieces) or none.
+    """Documents that a source makes of some records; a record may become several (pieces) or none."""
 
-    `owner` says which of the asked records each document belongs to.
-    """
-
-    owner: np.ndarray  # int [n]
+    owner: np.ndarray  # int [n], which of the asked records each document belongs to
     task: np.ndarray  # int [n]
     piece: np.ndarray  # int [n]
     lengths: np.ndarray  # int [n, budgets]
@@ -71,7 +64,6 @@ class Block(NamedTuple):
 
     columns: np.ndarray  # int64 [documents, 5]
     keys: np.ndarray  # uint64 [documents]
-    lengths: np.ndarray  # int64 [documents, budgets]
     rows: list[list[int]]
 
 
@@ -82,7 +74,6 @@ class RowPlan:
         sources: at least one, each with records and a positive weight.
         capacities: budgets of a row, the first being positions.
         block_documents: records that are mixed and packed together.
-        seed: of order, mixing, draws.
         one_pass: every record of every source once (validation) instead of for ever; weights then do not matter.
 
     Raises:
@@ -100,21 +91,18 @@ class RowPlan:
         self.sources = [s for s in sources if one_pass or s.weight > 0]
         if not self.sources:
             raise DataError("data.sources: expected at least one source with a positive weight")
-        self.capacities, self._seed, self._one_pass = capacities, seed, one_pass
+        self.capacities, self._seed = capacities, seed
         counts = [len(s.records) for s in self.sources]
         for source, count in zip(self.sources, counts, strict=True):
             if not count:
                 raise DataError(f"data source {source.name!r}: none of its records can become a document")
         # Records of each source per block: in proportion to what is left of the pass, or to weight / mean length.
         shares = [float(n) for n in counts] if one_pass else [s.weight / s.mean_length for s in self.sources]
-        self._block = block_documents
+        self._block, self._counts = block_documents, counts
         self._rates = [max(1, round(share / sum(shares) * (1 << _RATE_BITS))) for share in shares]
-        self._counts = counts
-        self.num_blocks = (
-            max(math.ceil((n << _RATE_BITS) / (block_documents * r)) for n, r in zip(counts, self._rates, strict=True))
-            if one_pass
-            else None
-        )
+        pairs = zip(counts, self._rates, strict=True)
+        needed = max(math.ceil((n << _RATE_BITS) / (block_documents * rate)) for n, rate in pairs)
+        self.num_blocks = needed if one_pass else None
         self._keys = [hash_ints(seed, hash_text(s.name)) for s in self.sources]
         self._starts, self._first_block = [0], 0  # first row of blocks first_block, first_block + 1, ...
         self._cache: OrderedDict[int, Block] = OrderedDict()
@@ -123,9 +111,8 @@ class RowPlan:
     def taken(self, source: int, block: int) -> int:
         """Records of a source that the blocks before `block` have used."""
         n = (block * self._block * self._rates[source]) >> _RATE_BITS
-        if self._one_pass:
-            last = self.num_blocks is not None and block >= self.num_blocks
-            n = self._counts[source] if last else min(n, self._counts[source])
+        if self.num_blocks is not None:
+            n = self._counts[source] if block >= self.num_blocks else min(n, self._counts[source])
         return n
 
     def block(self, number: int) -> Block:
@@ -150,23 +137,18 @@ class RowPlan:
             draws = hash_arrays(self._keys[i], epochs, records)
             made = source.documents(records, draws)
             owner = made.owner
-            columns.append(
-                np.stack([np.full(len(owner), i), records[owner], epochs[owner], made.task, made.piece], axis=1).astype(
-                    np.int64
-                )
-            )
+            columns.append(np.stack([np.full_like(owner, i), records[owner], epochs[owner], made.task, made.piece], 1))
             keys.append(draws[owner])
-            lengths.append(np.asarray(made.lengths, np.int64))
+            lengths.append(made.lengths)
         if not columns:
-            empty = np.zeros((0, 5), np.int64)
-            return Block(empty, np.zeros(0, np.uint64), np.zeros((0, len(self.capacities)), np.int64), [])
-        all_columns, all_keys, all_lengths = np.concatenate(columns), np.concatenate(keys), np.concatenate(lengths)
+            return Block(np.zeros((0, 5), np.int64), np.zeros(0, np.uint64), [])
         # Documents of a row stand in random order, not grouped by source or size.
-        order = Permutation(len(all_keys), hash_ints(self._seed, number, 1))(np.arange(len(all_keys)))
-        all_columns, all_keys, all_lengths = all_columns[order], all_keys[order], all_lengths[order]
-        packed = pack(all_lengths, self.capacities)
+        count = sum(map(len, keys))
+        order = Permutation(count, hash_ints(self._seed, number, 1))(np.arange(count))
+        packed = pack(np.concatenate(lengths)[order], self.capacities)
         shuffled = Permutation(len(packed), hash_ints(self._seed, number, 2))(np.arange(len(packed)))
-        return Block(all_columns, all_keys, all_lengths, [packed[j] for j in shuffled.tolist()])
+        rows = [packed[j] for j in shuffled.tolist()]
+        return Block(np.concatenate(columns)[order].astype(np.int64), np.concatenate(keys)[order], rows)
 
     def _records(self, source: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Record numbers and epochs of places start..stop in the endless sequence of a source."""
@@ -181,11 +163,7 @@ class RowPlan:
         return records, epochs
 
     def locate(self, row: int) -> tuple[int, int]:
-        """The block that holds a row, and the first row of that block.
-
-        Raises:
-            IndexError: a plan of one pass has fewer rows.
-        """
+        """The block that holds a row, and the first row of that block; raises IndexError beyond the end of a pass."""
         with self._lock:
             if row < self._starts[0]:
                 self._starts, self._first_block = [0], 0

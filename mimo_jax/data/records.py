@@ -45,6 +45,7 @@ class Record:
         instruction: description of the speaking style.
         segments: timed pieces of the transcript, in order.
         duration: seconds.
+        conversation: JSON of a conversation (`data.conversations`), whose recordings the codes are.
     """
 
     id: str
@@ -56,12 +57,13 @@ class Record:
     instruction: str = ""
     segments: tuple[Segment, ...] = ()
     duration: float = 0.0
+    conversation: str = ""
 
 
 _TEXTS = ("id", "text", "language", "speaker", "caption", "instruction")
 
 
-def features(num_levels: int) -> Any:
+def features(num_levels: int, conversations: bool = False) -> Any:
     """TFDS features of a shard set with `num_levels` RVQ levels (0 for text; stored as one column of no rows)."""
     import tensorflow_datasets as tfds
 
@@ -69,7 +71,7 @@ def features(num_levels: int) -> Any:
     times = functools.partial(tfds.features.Tensor, shape=(None,), dtype=np.float32, encoding=packed)
     return tfds.features.FeaturesDict(
         {
-            **{name: tfds.features.Text() for name in _TEXTS},
+            **{name: tfds.features.Text() for name in (*_TEXTS, *(["conversation"] if conversations else []))},
             "codes": tfds.features.Tensor(shape=(None, max(num_levels, 1)), dtype=np.uint16, encoding=packed),
             "duration": np.float32,
             "segments": {"start": times(), "end": times(), "text": tfds.features.Sequence(tfds.features.Text())},
@@ -94,6 +96,8 @@ def encode_record(record: Record) -> bytes:
     feature = example.features.feature
     for name in _TEXTS:
         feature[name].bytes_list.value.append(getattr(record, name).encode())
+    if record.conversation:
+        feature["conversation"].bytes_list.value.append(record.conversation.encode())
     feature["codes"].bytes_list.value.append(codes.astype("<u2").tobytes())
     feature["duration"].float_list.value.append(record.duration)
     starts = np.asarray([s.start for s in record.segments], "<f4")
@@ -129,6 +133,7 @@ def decode_record(data: bytes, num_levels: int, where: str = "record") -> Record
             codes_MR=codes.reshape(-1, max(num_levels, 1)),
             segments=tuple(Segment(*s) for s in zip(starts.tolist(), ends.tolist(), pieces, strict=True)),
             duration=feature["duration"].float_list.value[0],
+            conversation=b"".join(feature["conversation"].bytes_list.value).decode(),
         )
     except (IndexError, ValueError) as error:
         raise DataError(f"{where}: not a record with {num_levels} RVQ levels ({error})") from None

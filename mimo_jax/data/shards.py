@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import threading
+import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,12 +85,12 @@ class ShardSetInfo:
     """Contents of `manifest.json`.
 
     Attributes:
-        kind: `speech` or `text`.
+        kind: `speech`, `text` or `conversation`.
         codebook_sizes: sizes of the stored RVQ levels; empty for text.
         frame_rate: RVQ frames per second; 0 for text.
         tokenizer: fingerprint of the audio tokenizer; empty for text.
         hours: hours of audio.
-        counts: records that have a text, a caption, an instruction, segments.
+        counts: records that have a text, a caption, an instruction, segments; conversations of each format.
         skipped: inputs left out, by reason.
         shards: the files, in order.
         options: settings of the ingest that decide what is stored.
@@ -128,7 +129,7 @@ def write_shard(path: Path, records: Iterable[Record]) -> ShardFile:
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # a worker started twice writes its own
     count = 0
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
@@ -175,7 +176,7 @@ def commit(folder: Path, info: ShardSetInfo) -> None:
     try:
         tfds.folder_dataset.write_metadata(
             data_dir=folder,
-            features=features(info.num_levels),
+            features=features(info.num_levels, info.kind == "conversation"),
             split_infos=[split],
             filename_template=_TEMPLATE,
             version="1.0.0",
@@ -312,12 +313,17 @@ def read_manifest(folder: str | Path) -> tuple[ShardSetInfo, str]:
 
 
 class IndexEntry(NamedTuple):
-    """Lengths of one record: RVQ frames, tokens of its texts; of each segment tokens, words, first and last frame."""
+    """Lengths of one record: RVQ frames, tokens of its texts; of each segment tokens, words, first and last frame.
+
+    Of a conversation, `text` counts all tokens, `conversation` is the number of its format, from 1, and the segments
+    are its recordings, in the order in which they are heard.
+    """
 
     frames: int
     text: int
     caption: int
     instruction: int
+    conversation: int
     segment_tokens: list[int]
     segment_words: list[int]
     segment_starts: list[int]
@@ -335,6 +341,7 @@ class LengthIndex(NamedTuple):
     text: np.ndarray  # int32 [N], tokens
     caption: np.ndarray  # int32 [N], tokens
     instruction: np.ndarray  # int32 [N], tokens
+    conversation: np.ndarray  # int32 [N], 0 where it is none
     segment_offsets: np.ndarray  # int64 [N + 1]
     segment_tokens: np.ndarray  # int32 [segments]
     segment_words: np.ndarray  # int32 [segments]
@@ -349,6 +356,7 @@ class LengthIndex(NamedTuple):
             int(self.text[record]),
             int(self.caption[record]),
             int(self.instruction[record]),
+            int(self.conversation[record]),
             self.segment_tokens[s].tolist(),
             self.segment_words[s].tolist(),
             self.segment_starts[s].tolist(),
@@ -367,6 +375,17 @@ def record_entry(record: Record, tokenizer: Any, frame_rate: float) -> IndexEntr
     def tokens(text: str) -> int:
         return len(tokenizer.encode(text)) if text else 0
 
+    if record.conversation:
+        from mimo_jax.data import conversations  # which needs what is above
+
+        spans = conversations.render(record, tokenizer, 1, 1)
+        text = sum(len(s) for s in spans) - sum(last - first for first, last in conversations.audio_frames(record))
+        starts, ends = (
+            map(list, zip(*conversations.audio_frames(record), strict=True)) if len(record.codes_MR) else ([], [])
+        )
+        nothing = [0] * len(starts)
+        form = conversations.record_format(record) + 1
+        return IndexEntry(len(record.codes_MR), text, 0, 0, form, nothing, nothing, starts, ends)
     pieces = segment_pieces(record)
     starts, ends = segment_frames(record, frame_rate)
     return IndexEntry(
@@ -374,6 +393,7 @@ def record_entry(record: Record, tokenizer: Any, frame_rate: float) -> IndexEntr
         text=tokens(record.text),
         caption=tokens(record.caption),
         instruction=tokens(record.instruction),
+        conversation=0,
         segment_tokens=[tokens(p) for p in pieces],
         segment_words=[count_words(p) for p in pieces],
         segment_starts=starts,
@@ -398,18 +418,18 @@ def index_shards(path: str | Path, tokenizer: Any, progress: bool = False) -> Le
             return load_index(shards, tokenizer)
         except DataError as error:
             print(f"index: {error}; computing it anew", file=sys.stderr)
-    scalars: list[tuple[int, int, int, int]] = []
+    scalars: list[tuple[int, ...]] = []
     segments: list[tuple[int, int, int, int]] = []
     offsets = [0]
     for i, record in enumerate(shards):
         entry = record_entry(record, tokenizer, shards.info.frame_rate)
-        scalars.append(entry[:4])
-        segments.extend(zip(*entry[4:], strict=True))
+        scalars.append(entry[:5])
+        segments.extend(zip(*entry[5:], strict=True))
         offsets.append(len(segments))
         if progress and (i + 1) % 50_000 == 0:
             print(f"index: {i + 1}/{len(shards)} records", file=sys.stderr)
-    records_N4, segments_N4 = (np.asarray(rows, np.int32).reshape(-1, 4) for rows in (scalars, segments))
-    columns = [*np.ascontiguousarray(records_N4.T), np.asarray(offsets, np.int64), *np.ascontiguousarray(segments_N4.T)]
+    records_N5, segments_N4 = np.asarray(scalars, np.int32), np.asarray(segments, np.int32).reshape(-1, 4)
+    columns = [*np.ascontiguousarray(records_N5.T), np.asarray(offsets, np.int64), *np.ascontiguousarray(segments_N4.T)]
     index = LengthIndex(*columns)
     buffer = io.BytesIO()
     np.savez(buffer, format=np.int32(_INDEX_FORMAT), shards=np.str_(shards.fingerprint), **index._asdict())
@@ -438,6 +458,7 @@ def load_index(shards: ShardSet, tokenizer: Any) -> LengthIndex:
         raise DataError(
             f"{path}: this lengths index belongs to other shards or another version; delete it and make it again"
         )
+    values.setdefault("conversation", np.zeros(len(shards), np.int32))  # indices from before there were any
     if set(values) != set(LengthIndex._fields) or len(values["frames"]) != len(shards):
         raise DataError(f"{path}: expected the lengths of {len(shards)} records")
     return LengthIndex(**values)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from mimo_jax.audio.files import AudioError, audio_length, load_audio
+from mimo_jax.audio.packing import empty_row, num_codes, slot_codes, write_clip
 from mimo_jax.config import AudioTokenizerConfig, ConfigError, TokenizerTrainConfig
 from mimo_jax.data.hashing import hash_arrays, hash_ints
 from mimo_jax.data.ingest import fault
@@ -23,41 +25,30 @@ from mimo_jax.data.manifest import Manifest
 from mimo_jax.data.plan import DocumentRef, Documents, RowPlan
 from mimo_jax.data.records import DataError
 from mimo_jax.rows import TokenizerRows
+from mimo_jax.text.tokenizers import load_text_tokenizer
 
 _TOLERANCE = 0.1  # seconds by which a recording may differ from the duration that the plan was made with
 
 
 class BrokenClips:
-    """Counts recordings that cannot be used while training; too many end the run.
-
-    Attributes:
-        reasons: number of distinct recordings by class of fault.
-
-    Args:
-        limit: how many recordings may be broken.
-        name: the manifest, for the message.
-    """
+    """Counts recordings of manifest `name` that cannot be used while training; more than `limit` end the run."""
 
     def __init__(self, limit: int, name: str):
-        self.reasons: Counter[str] = Counter()
         self._limit, self._name = limit, name
+        self._reasons: Counter[str] = Counter()
         self._seen: set[int] = set()
         self._lock = threading.Lock()
 
     def add(self, record: int, message: str) -> None:
-        """Counts a recording once, reports it on stderr.
-
-        Raises:
-            DataError: there are more than the limit.
-        """
+        """Counts a recording once, reports it on stderr; raises DataError beyond the limit."""
         with self._lock:
             if record in self._seen:
                 return
             self._seen.add(record)
-            self.reasons[fault(message)] += 1
+            self._reasons[fault(message)] += 1
             print(f"data: left out: {message}", file=sys.stderr)
             if len(self._seen) > self._limit:
-                counts = ", ".join(f"{n} {reason}" for reason, n in self.reasons.most_common())
+                counts = ", ".join(f"{n} {reason}" for reason, n in self._reasons.most_common())
                 raise DataError(
                     f"{self._name}: {len(self._seen)} recordings cannot be used ({counts}), "
                     f"more than {self._limit} allowed; the last one: {message}"
@@ -68,7 +59,7 @@ class ClipSource:
     """A manifest as a source of clips (see `PlanSource`): how long their slots are, and reading them.
 
     Args:
-        manifest: JSONL manifest; durations that it lacks are read from the files once, here.
+        manifest: durations that it lacks are read from the files once, here.
         config: the audio tokenizer.
         tokenizer: text tokenizer of the A2T targets.
         max_seconds: longer recordings are cropped at a drawn place, and then have no text.
@@ -87,9 +78,6 @@ class ClipSource:
         row_text: int,
         broken: BrokenClips,
     ):
-        from mimo_jax.audio.files import AudioError, audio_info
-        from mimo_jax.audio.packing import slot_codes
-
         self._manifest, self._config, self._tokenizer, self._broken = manifest, config, tokenizer, broken
         rate = config.mel.sample_rate
         self._longest = int(max_seconds * rate)
@@ -97,22 +85,17 @@ class ClipSource:
         samples, tokens = np.zeros(len(manifest), np.int64), np.zeros(len(manifest), np.int64)
         for i, entry in enumerate(manifest):
             try:
-                samples[i] = (
-                    round(entry.duration * rate) if entry.duration else audio_info(entry.audio).resampled_length(rate)
-                )
+                samples[i] = round(entry.duration * rate) if entry.duration else audio_length(entry.audio, rate)
             except AudioError as error:
                 broken.add(i, str(error))
                 continue
             if samples[i] < shortest:
-                broken.add(
-                    i,
-                    f"{entry.audio}: too short: expected at least {shortest} samples at {rate} Hz, got {samples[i]}",
-                )
+                expected = f"expected at least {shortest} samples at {rate} Hz, got {samples[i]}"
+                broken.add(i, f"{entry.audio}: too short: {expected}")
                 samples[i] = 0
             text = entry.text or entry.caption
             if text and samples[i] <= self._longest:
                 tokens[i] = len(tokenizer.encode(text)) + 1  # and end of text
-        self.texts_too_long = int((tokens > row_text).sum())
         tokens[tokens > row_text] = 0
         self._samples, self._tokens = np.minimum(samples, self._longest), tokens
         self.planned_samples = samples
@@ -122,14 +105,12 @@ class ClipSource:
         slots = {int(n): slot_codes(int(n), config) for n in np.unique(self._samples[self.records])}
         self._slots = np.asarray([slots.get(int(n), 0) for n in self._samples], np.int64)
         self.mean_length = float(self._slots[self.records].mean())
-        self.seconds = float(self._samples.sum() / rate)
 
     def documents(self, records: np.ndarray, keys: np.ndarray) -> Documents:
         """One clip for each record."""
-        del keys
-        n = len(records)
-        zeros = np.zeros(n, np.int64)
-        return Documents(np.arange(n), zeros, zeros, np.stack([self._slots[records], self._tokens[records]], axis=1))
+        zeros = np.zeros(len(records), np.int64)
+        lengths = np.stack([self._slots[records], self._tokens[records]], axis=1)
+        return Documents(np.arange(len(records)), zeros, zeros, lengths)
 
     def slot(self, record: int) -> int:
         """RVQ frames that a record takes in a row."""
@@ -137,12 +118,10 @@ class ClipSource:
 
     def read(self, ref: DocumentRef) -> tuple[np.ndarray, list[int]] | None:
         """Samples float32 [S] of a clip, cropped if it has to be, and its text tokens; None if it cannot be used."""
-        from mimo_jax.audio.files import AudioError, load_audio
-
         entry, record = self._manifest[ref.record], ref.record
         rate, planned = self._config.mel.sample_rate, int(self.planned_samples[ref.record])
         try:
-            wav = load_audio(entry.audio, rate)
+            wav = load_audio(entry.audio, rate, self._config.resampler)
             if abs(len(wav) - planned) > _TOLERANCE * rate:
                 raise AudioError(
                     f"{entry.audio}: truncated or changed: expected {planned / rate:.2f} s, got {len(wav) / rate:.2f} s"
@@ -165,31 +144,19 @@ def assemble_row(
     config: AudioTokenizerConfig,
     end_of_text: int,
 ) -> TokenizerRows:
-    """Puts clips into a row, in order, as segments 1, 2, ...
+    """Puts clips into a row of M = `row_codes` and U = `row_text`, in order, as segments 1, 2, ...
 
     Args:
         clips: samples and text tokens of each clip, or None for one that could not be read: its slot stays empty.
         slots: RVQ frames of each clip's slot.
-        row_codes: M.
-        row_text: U.
-        config: the audio tokenizer.
         end_of_text: id that begins the A2T inputs and ends the targets.
 
     Returns:
         TokenizerRows without the batch axis.
     """
-    from mimo_jax.audio.packing import empty_row, num_codes, write_clip
-
     wav_S, segment_ids_T = empty_row(row_codes, config)
-    row = TokenizerRows(
-        wav_BS=wav_S,
-        segment_ids_BT=segment_ids_T,
-        text_BU=np.zeros(row_text, np.int32),
-        text_targets_BU=np.zeros(row_text, np.int32),
-        text_segment_ids_BU=np.zeros(row_text, np.int32),
-        text_positions_BU=np.zeros(row_text, np.int32),
-        text_weights_BU=np.zeros(row_text, np.float32),
-    )
+    text, targets, text_segment_ids, text_positions = (np.zeros(row_text, np.int32) for _ in range(4))
+    weights = np.zeros(row_text, np.float32)
     start = position = 0
     for segment, (clip, slot) in enumerate(zip(clips, slots, strict=True), 1):
         if clip is not None:
@@ -197,14 +164,14 @@ def assemble_row(
             write_clip(wav_S, segment_ids_T, start, wav, segment, config)
             if len(ids):
                 here = slice(position, position + len(ids) + 1)
-                row.text_BU[here] = [end_of_text, *ids]
-                row.text_targets_BU[here] = [*ids, end_of_text]
-                row.text_segment_ids_BU[here] = segment
-                row.text_positions_BU[here] = num_codes(len(wav), config) + np.arange(len(ids) + 1)
-                row.text_weights_BU[here] = 1.0
+                text[here] = [end_of_text, *ids]
+                targets[here] = [*ids, end_of_text]
+                text_segment_ids[here] = segment
+                text_positions[here] = num_codes(len(wav), config) + np.arange(len(ids) + 1)
+                weights[here] = 1.0
                 position += len(ids) + 1
         start += slot
-    return row
+    return TokenizerRows(wav_S, segment_ids_T, text, targets, text_segment_ids, text_positions, weights)
 
 
 def tokenizer_loader(
@@ -216,34 +183,26 @@ def tokenizer_loader(
     process_count: int | None = None,
     max_broken: float = 0.05,
 ) -> RowLoader:
-    """Opens the rows of a tokenizer job.
+    """Opens the rows of a tokenizer job: `TokenizerRows` with leading axis `cfg.data.rows / process_count`.
 
     Args:
-        cfg: the job (its `model` and `data` are read).
+        cfg: the job.
         split: `train`: endless, in an order drawn anew each epoch; `validation`: the held-out manifest once, in an
             order that never changes.
         tokenizer: text tokenizer; loaded from `cfg.data.text_tokenizer` when not given.
-        process_index: which part of each global batch to read; JAX's process by default.
-        process_count: number of parts; JAX's processes by default.
+        process_index, process_count: which part of each global batch to read; JAX's process by default.
         max_broken: share of the recordings that may turn out unusable; one always may.
-
-    Returns:
-        Loader of `TokenizerRows` with leading axis `cfg.data.rows / process_count`.
 
     Raises:
         ManifestError: a line of the manifest is wrong.
         DataError: too many recordings cannot be used.
         ConfigError: a clip of `max_seconds` does not fit in a row.
     """
-    from mimo_jax.audio.packing import slot_codes
-
     if split not in ("train", "validation"):
         raise DataError(f"split: expected train or validation, got {split!r}")
     train = split == "train"
     data, config = cfg.data, cfg.model
     if tokenizer is None:
-        from mimo_jax.text.tokenizers import load_text_tokenizer
-
         tokenizer = load_text_tokenizer(data.text_tokenizer)
     if tokenizer.vocab_size > cfg.a2t.vocab_size:
         raise DataError(
@@ -268,10 +227,8 @@ def tokenizer_loader(
     end_of_text = tokenizer.special["<|endoftext|>"]
 
     def make_row(refs: list[DocumentRef]) -> TokenizerRows:
-        clips = [source.read(ref) for ref in refs]
-        return assemble_row(
-            clips, [source.slot(ref.record) for ref in refs], data.row_codes, data.row_text, config, end_of_text
-        )
+        clips, slots = [source.read(ref) for ref in refs], [source.slot(ref.record) for ref in refs]
+        return assemble_row(clips, slots, data.row_codes, data.row_text, config, end_of_text)
 
     fingerprint = {
         "manifest": manifest.sha256[:16],
@@ -284,15 +241,5 @@ def tokenizer_loader(
         "block_documents": data.block_documents,
         "seed": seed,
     }
-    empty = assemble_row([], [], data.row_codes, data.row_text, config, end_of_text)
-    return RowLoader(
-        plan,
-        make_row,
-        empty,
-        data.rows,
-        fingerprint,
-        process_index,
-        process_count,
-        cfg.run.data_threads,
-        one_pass=not train,
-    )
+    deal = (process_index, process_count, cfg.run.data_threads)
+    return RowLoader(plan, make_row, make_row([]), data.rows, fingerprint, *deal, one_pass=not train)

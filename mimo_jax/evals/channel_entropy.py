@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig
 from mimo_jax.data.layouts import CONTINUATION, Layouts, SpeechSpan
@@ -32,18 +33,11 @@ _FRAME_RATE = 25.0  # only the times of segments depend on it, and continuation 
 
 @dataclass(frozen=True)
 class ChannelEntropies:
-    """Cross-entropies in nats, summed over the frames of each utterance.
-
-    Attributes:
-        model_NR: of the model.
-        control_NR: of the model with another utterance as its context.
-        unigram_NR: of the add-one-smoothed unigram of the training codes.
-        frames_N: frames of each utterance.
-    """
+    """Cross-entropies in nats, summed over the frames of each utterance."""
 
     model_NR: np.ndarray
-    control_NR: np.ndarray
-    unigram_NR: np.ndarray
+    control_NR: np.ndarray  # of the model with another utterance as its context
+    unigram_NR: np.ndarray  # of the add-one-smoothed unigram of the training codes
     frames_N: np.ndarray
 
     def mean(self, which: str, channel: int) -> Interval:
@@ -56,11 +50,7 @@ class ChannelEntropies:
         return bootstrap(lambda w: 1.0 - (w @ model_N) / (w @ unigram_N), len(model_N))
 
     def control_gap(self, channel: int | None = None) -> Interval:
-        """Nats a frame by which the wrong context is worse than the right one, a paired comparison.
-
-        Args:
-            channel: one channel; by default the sum over all.
-        """
+        """Nats a frame by which the wrong context is worse, a paired comparison: of a channel, or summed over all."""
         gap_NR = self.control_NR - self.model_NR
         return mean_interval(gap_NR.sum(axis=1) if channel is None else gap_NR[:, channel], self.frames_N)
 
@@ -90,14 +80,11 @@ def channel_entropies(
     Frames that only fill up the last patch are not counted. An utterance longer than a row is cut as in training.
 
     Args:
-        config: sizes.
-        compute: precision.
-        params: parameters of `AudioLM`.
+        config, compute, params: the language model.
         tokenizer: text tokenizer.
         training: records whose codes make the unigram.
         held_out: at least two utterances of speech.
-        row_length: positions of a row, as in training.
-        row_patches: patches of a row, as in training.
+        row_length, row_patches: of a row, as in training.
         batch: rows computed at once.
 
     Raises:
@@ -106,10 +93,7 @@ def channel_entropies(
     if len(held_out) < 2:
         raise ValueError(f"held_out: expected at least two utterances, got {len(held_out)}")
     layouts = Layouts(tokenizer, config.group_size, config.num_channels, row_length, row_patches)
-    rows: list[LMRows] = []
-    contexts: list[np.ndarray] = []
-    counted: list[np.ndarray] = []  # bool [C, G]
-    owners: list[int] = []
+    pieces: list[tuple[int, LMRows, np.ndarray, np.ndarray]] = []  # utterance, row, context, what counts: bool [C, G]
     for n, record in enumerate(held_out):
         other = held_out[(n + 1) % len(held_out)]
         wrong_CGR = layouts.patches(other.codes_MR, 0, len(other.codes_MR))
@@ -121,29 +105,25 @@ def channel_entropies(
             context = row.patches_BCGR.copy()
             context[:patches] = wrong_CGR[np.arange(patches) % len(wrong_CGR)]
             frame_CG = (np.arange(row_patches)[:, None] + done) * config.group_size + np.arange(config.group_size)
-            counted.append((np.arange(row_patches)[:, None] < patches) & (frame_CG < len(record.codes_MR)))
-            rows.append(row)
-            contexts.append(context)
-            owners.append(n)
+            counted_CG = (np.arange(row_patches)[:, None] < patches) & (frame_CG < len(record.codes_MR))
+            pieces.append((n, row, context, counted_CG))
             done += patches
 
     score = _scorer(config, compute)
     shape = (len(held_out), config.num_channels)
     model_NR, control_NR, unigram_NR = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     log_unigrams = unigrams(training, config.codebook_sizes)
-    for start in range(0, len(rows), batch):
-        # The last batch is filled up with rows already scored, so that one program serves all.
-        chosen = [min(i, len(rows) - 1) for i in range(start, start + batch)]
-        stacked = LMRows(*(np.stack([np.asarray(rows[i][k]) for i in chosen]) for k in range(len(LMRows._fields))))
+    for start in range(0, len(pieces), batch):
+        chosen = pieces[start : start + batch]
+        # The last batch is filled up with copies of its last row, so that one program serves all.
+        _, rows, contexts, _ = zip(*chosen, *[chosen[-1]] * (batch - len(chosen)), strict=True)
+        stacked = LMRows(*map(np.stack, zip(*rows, strict=True)))
         stacked = stacked._replace(patches_BCGR=stacked.patches_BCGR.astype(np.int32))
-        context = np.stack([contexts[i] for i in chosen]).astype(np.int32)
         right = np.asarray(score(params, stacked, stacked.patches_BCGR), np.float64)
-        wrong = np.asarray(score(params, stacked, context), np.float64)
-        for b in range(min(batch, len(rows) - start)):
-            i = start + b
-            mask_CG = counted[i]
-            model_NR[owners[i]] += right[b][mask_CG].sum(axis=0)
-            control_NR[owners[i]] += wrong[b][mask_CG].sum(axis=0)
+        wrong = np.asarray(score(params, stacked, np.stack(contexts).astype(np.int32)), np.float64)
+        for b, (n, _, _, counted_CG) in enumerate(chosen):
+            model_NR[n] += right[b][counted_CG].sum(axis=0)
+            control_NR[n] += wrong[b][counted_CG].sum(axis=0)
     for n, record in enumerate(held_out):
         unigram_NR[n] = [-log_unigrams[r][record.codes_MR[:, r]].sum() for r in range(config.num_channels)]
     frames_N = np.asarray([len(record.codes_MR) for record in held_out], np.float64)
@@ -163,11 +143,10 @@ def _scorer(config: AudioLMConfig, compute: ComputeConfig) -> Callable[[Any, LMR
         h_BCD = jnp.take_along_axis(h_BLD, before_BC[..., None], axis=1)
         true_NGR = rows.patches_BCGR.reshape(-1, config.group_size, config.num_channels)
         logits = model.apply(variables, h_BCD.reshape(-1, h_BCD.shape[-1]), true_NGR, method="patch_logits")
-        losses = []
-        for r, logits_NGV in enumerate(logits):
-            logits_NGV = logits_NGV.astype(jnp.float32)
-            chosen = jnp.take_along_axis(logits_NGV, true_NGR[..., r, None], axis=-1)[..., 0]
-            losses.append(jax.nn.logsumexp(logits_NGV, axis=-1) - chosen)
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(logits_NGV.astype(jnp.float32), true_NGR[..., r])
+            for r, logits_NGV in enumerate(logits)
+        ]
         return jnp.stack(losses, axis=-1).reshape(rows.patches_BCGR.shape)
 
     return score

@@ -1,32 +1,26 @@
 """How well an audio tokenizer reproduces held-out clips, and how it uses its codebooks.
 
-N clips, S samples, T frames, M RVQ frames, R levels.
+N clips, S samples, M RVQ frames, R levels, K entries of a codebook, X draws.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import numpy as np
 
 from mimo_jax.audio.features import LOG_FLOOR, MEL_SCALES, hann_window, mel_filterbank, mel_scale_config
-from mimo_jax.audio.packing import num_codes, pack_clips, slot_codes
-from mimo_jax.config import AudioTokenizerConfig, ComputeConfig, MelConfig
+from mimo_jax.config import AudioTokenizerConfig, MelConfig
 from mimo_jax.evals.intervals import Interval, bootstrap, mean_interval
-from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
+from mimo_jax.models.tokenizer.codec import Codec
 
 
 def mel_distance(reference_S: np.ndarray, decoded_S: np.ndarray, sample_rate: int = 24_000) -> tuple[float, int]:
     """Multi-scale log-mel distance: L1 of natural logs, mean over bins and frames, summed over the three scales.
 
-    Args:
-        reference_S: float wave.
-        decoded_S: float wave; what is longer than the reference is ignored, what is missing counts as silence.
-        sample_rate: Hz.
+    What is longer than the reference is ignored, what is missing counts as silence.
 
     Returns:
         The distance, and the number of frames of the coarsest scale: the weight of the clip in a mean.
@@ -52,94 +46,33 @@ def _log_mel(wav_S: np.ndarray, config: MelConfig) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Clips after the tokenizer.
+    """Clips after the tokenizer."""
 
-    Attributes:
-        codes: codes of each clip, uint16 [M, R].
-        decoded: waves of all clips, float32 [S_i], by the number of levels they were decoded from.
-    """
-
-    codes: list[np.ndarray]
-    decoded: dict[int, list[np.ndarray]]
+    codes: list[np.ndarray]  # of each clip, uint16 [M, R]
+    decoded: dict[int, list[np.ndarray]]  # waves of all clips, float32 [S_i], by the number of levels decoded from
 
 
 @dataclass(frozen=True)
 class ReconstructionQuality:
-    """Measurements over held-out clips.
+    """Measurements over held-out clips."""
 
-    Attributes:
-        distance: multi-scale log-mel distance by number of levels decoded from.
-        perplexity: of the codes of each level, by level.
-        used: share of the codebook entries that occur, by level.
-    """
-
-    distance: dict[int, Interval]
-    perplexity: tuple[Interval, ...]
-    used: tuple[float, ...]
+    distance: dict[int, Interval]  # `mel_distance` by number of levels decoded from
+    perplexity: tuple[Interval, ...]  # of the codes of each level
+    used: tuple[float, ...]  # share of the codebook entries that occur, of each level
 
 
-def reconstruct(
-    config: AudioTokenizerConfig,
-    compute: ComputeConfig,
-    variables: Any,
-    wavs: Sequence[np.ndarray],
-    levels: Sequence[int] = (8, 20),
-    row_codes: int = 512,
-) -> Reconstruction:
-    """Encodes and decodes clips, packed into rows of one length, so that a single program serves all clips and models.
-
-    Args:
-        config: the audio tokenizer.
-        compute: precision.
-        variables: {"params": ..., "codebook": ...} of `AudioTokenizer`.
-        wavs: float clips [S_i] at its sample rate, at least one.
-        levels: numbers of levels to decode from; those the tokenizer does not have are left out.
-        row_codes: RVQ frames of a row; a longer clip makes all rows longer.
+def reconstruct(codec: Codec, wavs: Sequence[np.ndarray], levels: Sequence[int] = (8, 20)) -> Reconstruction:
+    """Encodes clips [S_i] at the codec's sample rate and decodes them from so many levels (at most those it has).
 
     Raises:
         ValueError: there is no clip, or one is empty.
     """
     if not wavs:
         raise ValueError("reconstruction: expected at least one clip")
-    chosen = tuple(sorted({min(n, config.rvq.num_levels) for n in levels}))
-    program = _program(config, compute, chosen)
-    slots = [slot_codes(len(wav), config) for wav in wavs]
-    length = max(row_codes, *slots)
-    rows: list[list[int]] = [[]]
-    used = 0
-    for i, slot in enumerate(slots):
-        if used + slot > length:
-            rows.append([])
-            used = 0
-        rows[-1].append(i)
-        used += slot
-    result = Reconstruction([], {n: [] for n in chosen})
-    for row in rows:
-        wav_BS, segment_ids_BT = pack_clips([wavs[i] for i in row], config, length)
-        codes_BMR, waves = program(variables, wav_BS, segment_ids_BT)
-        start = 0
-        for i in row:
-            frames = num_codes(len(wavs[i]), config)
-            result.codes.append(np.asarray(codes_BMR[0, start : start + frames]).astype(np.uint16))
-            first = start * config.samples_per_code
-            for n, wave_BS in zip(chosen, waves, strict=True):
-                result.decoded[n].append(np.asarray(wave_BS[0, first : first + len(wavs[i])]))
-            start += slots[i]
-    return result
-
-
-@functools.lru_cache(maxsize=8)
-def _program(config: AudioTokenizerConfig, compute: ComputeConfig, levels: tuple[int, ...]) -> Callable[..., Any]:
-    model = AudioTokenizer(config, compute)
-
-    @jax.jit
-    def run(variables: Any, wav_BS: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        codes_BMR = model.apply(variables, wav_BS, segment_ids_BT, method="encode")
-        segment_ids_BM = segment_ids_BT[:, :: config.mel_frames_per_code]
-        decoded = [model.apply(variables, codes_BMR[..., :n], segment_ids_BM, method="decode") for n in levels]
-        return codes_BMR, decoded
-
-    return run
+    codes = codec.encode(wavs)
+    chosen = sorted({min(n, codec.config.rvq.num_levels) for n in levels})
+    pairs = list(zip(codes, wavs, strict=True))
+    return Reconstruction(codes, {n: [codec.decode(c[:, :n])[: len(wav)] for c, wav in pairs] for n in chosen})
 
 
 def reconstruction_quality(

@@ -1,33 +1,36 @@
-"""Speech continuation, text to speech and transcription with a trained model: waves and texts in, waves and texts out.
+"""Every task of a trained model: recordings and texts in, recordings and texts out.
 
-    model = SpeechModel(Generator(config, params), codec, tokenizer)
-    outputs, timing = generate_tts(model, ["hello"], GenerationSettings(seed=1))
-    write_outputs("out", "tts", model, outputs, timing, settings)
+    model = SpeechModel(Generator(config, params), codec, tokenizer, prompts="chat")
+    requests = [TaskRequest(task="asr", audio=wav), TaskRequest(task="tts", text="hello")]
+    outputs, timing = run_tasks(model, requests, GenerationSettings(seed=1))
+    write_outputs("out", "mixed", model, outputs, timing, GenerationSettings(seed=1))  # generation.outputs
 
-Waves are float32, mono, at the audio tokenizer's rate (24 kHz). Every input has a seed of its own (`seed` + its index),
-so its answer does not depend on how inputs are batched.
+Requests of one call may differ in task, length, sampler and limits. Each has a seed of its own, so its answer does not
+depend on its neighbours. Waves are float32, mono, at the audio tokenizer's rate (24 kHz); wherever a wave is asked for,
+its codes, integers [M, R], will do.
 
-M RVQ frames, R channels, S samples.
+M RVQ frames, R channels, S samples, G frames of a patch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
+import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mimo_jax.atomic import atomic_write
 from mimo_jax.config import ConfigError
-from mimo_jax.generation.generate import Generated, Generator, Request
-from mimo_jax.generation.prompts import TaskPrompt, asr_prompt, continuation_prompt, tts_prompt
-from mimo_jax.generation.sampling import DEFAULT_TEXT, GREEDY, PATCHES, TTS_TEXT, SamplingConfig
+from mimo_jax.data.chat import Stream
+from mimo_jax.generation.generate import Generated, Generator, Prompt, Request
+from mimo_jax.generation.prompts import Kind, Prompts, TaskPrompt
+from mimo_jax.generation.sampling import PATCHES, SamplingConfig
+from mimo_jax.generation.tasks import TASKS
 from mimo_jax.models.tokenizer.codec import Codec
 from mimo_jax.text.tokenizers import TextTokenizer
 
@@ -41,6 +44,7 @@ class SpeechModel:
         codec: the audio tokenizer.
         tokenizer: the text tokenizer.
         description: where they come from, for the record that `write_outputs` makes.
+        prompts: which prompts it knows: "base" after pre-training, "chat" after post-training.
 
     Raises:
         ConfigError: the three do not fit together.
@@ -50,6 +54,7 @@ class SpeechModel:
     codec: Codec
     tokenizer: TextTokenizer
     description: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Kind = "base"
 
     def __post_init__(self) -> None:
         lm, levels = self.generator.config, self.codec.config.rvq.codebook_sizes
@@ -63,6 +68,11 @@ class SpeechModel:
                 f"{lm.vocab_size} ids, got {self.tokenizer.special['<|empty|>']} and {self.tokenizer.vocab_size}"
             )
 
+    @functools.cached_property
+    def layouts(self) -> Prompts:
+        """Its prompts."""
+        return Prompts(self.tokenizer, self.generator.config, self.prompts)
+
     @property
     def patches_per_second(self) -> float:
         """6.25 at the published sizes."""
@@ -74,49 +84,113 @@ class GenerationSettings:
     """How to generate.
 
     Attributes:
-        max_seconds: speech to generate at most (continuation, TTS).
-        min_seconds: speech that a continuation has at least.
-        max_text: text tokens of a transcript at most.
+        max_seconds: speech to generate at most.
+        min_seconds: the answer is not ended before so many seconds of positions.
+        max_text: text tokens of an answer at most; as many again for a chain of thought.
+        max_new: positions of an answer, instead of what follows from these.
         text_sampling: sampler of the text head; by default the published one of the task (ASR is greedy).
         patch_sampling: sampler of the patch decoder.
         constrain: draw only ids that the layout has a place for (a continuation holds no words).
+        force_text: where the words are given, say exactly those (see `Prompts.hold_text`).
         seed: of the first input; the next ones follow.
         batch_size: inputs that run together.
+        reference_quirks: as the released code does: the last position of an answer is dropped even where the limit
+            ended it, texts keep their chain of thought and stray special tokens, no speech is a second of silence, and
+            the history of a conversation does not close the assistant's turn.
     """
 
     max_seconds: float = 20.0
     min_seconds: float = 0.0
     max_text: int = 256
+    max_new: int | None = None
     text_sampling: SamplingConfig | None = None
     patch_sampling: SamplingConfig = PATCHES
     constrain: bool = True
+    force_text: bool = False
     seed: int = 0
     batch_size: int = 8
+    reference_quirks: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.max_seconds < math.inf:
             raise ConfigError(f"max_seconds: expected a positive number, got {self.max_seconds!r}")
         if not 0 <= self.min_seconds <= self.max_seconds:
             raise ConfigError(f"min_seconds: expected 0..max_seconds ({self.max_seconds}), got {self.min_seconds!r}")
-        for name in ("max_text", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected a positive integer, got {getattr(self, name)!r}")
+        for name in ("max_text", "max_new", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed: expected an integer in 0..2^32-1, got {self.seed!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TaskRequest:
+    """One input of a task; `TASKS` says which fields a task needs and takes.
+
+    Attributes:
+        task: a key of `TASKS`.
+        audio: recording to transcribe, answer, continue, ...
+        text: what to say, or the question.
+        instruction: style of speech, or what the examples do.
+        voice: recording whose voice to take.
+        voice_text: what is said in it.
+        system: how to behave.
+        turns: earlier turns, the user's and the assistant's alternately. In a dialogue the user's are waves and the
+            assistant's (text, wave); else the user's are waves or texts and the assistant's texts.
+        history: earlier turns as an earlier call's output holds them in `history`.
+        examples: (input wave, output wave, words of the output).
+        thinking: let the model think before it answers.
+        template: which of the published wordings (an index); drawn by the seed otherwise.
+        settings: instead of those of the call.
+    """
+
+    task: str
+    audio: np.ndarray | None = None
+    text: str | None = None
+    instruction: str | None = None
+    voice: np.ndarray | None = None
+    voice_text: str | None = None
+    system: str | None = None
+    turns: tuple[Any, ...] = ()
+    history: tuple[Prompt, ...] = ()
+    examples: tuple[tuple[np.ndarray, np.ndarray, str], ...] = ()
+    thinking: bool = False
+    template: int | None = None
+    settings: GenerationSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
+        task = TASKS[self.task]
+        for f in dataclasses.fields(self)[1:-1]:
+            value = getattr(self, f.name)
+            given = value is not None and value is not False and not (isinstance(value, tuple) and not value)
+            if f.name in task.needs and not given:
+                raise ConfigError(f"{self.task}: {f.name} is missing")
+            if given and f.name not in task.needs + task.takes:
+                raise ConfigError(f"{self.task}: takes no {f.name}")
+        if self.history and (self.turns or self.system or self.voice is not None):
+            raise ConfigError(f"{self.task}: turns, system and voice belong to the first turn, which the history holds")
+        if len(self.turns) % 2:
+            raise ConfigError("turns: expected pairs of a user's turn and an assistant's")
+
+
+@dataclass(frozen=True, eq=False)
 class SpeechOutput:
     """The answer to one input.
 
     Attributes:
         text: generated text (empty for a continuation).
         codes_MR: uint16, generated frames.
-        wav: float32 [S], generated speech; for a continuation, cut out of the decoding of prompt and answer together.
-        full_wav: float32 [S], a continuation with its prompt; equal to `wav` otherwise.
+        wav: float32 [S], generated speech; where the answer goes on after a recording, cut out of the decoding of both.
+        full_wav: float32 [S], with that recording; equal to `wav` otherwise.
         positions: generated positions.
         stopped: whether the model ended the answer itself, before its limit.
         seed: all draws follow from it.
+        thinking: generated chain of thought.
+        history: the turns of the conversation so far, this one last: prompt and answer.
+        task: a key of `TASKS`.
+        settings: as used.
     """
 
     text: str
@@ -126,6 +200,10 @@ class SpeechOutput:
     positions: int
     stopped: bool
     seed: int
+    thinking: str
+    history: tuple[Prompt, ...]
+    task: str
+    settings: GenerationSettings
 
 
 @dataclass(frozen=True)
@@ -163,115 +241,43 @@ class AppTiming:
         return work / self.audio_seconds if self.audio_seconds else None
 
 
-def generate_speech_continuation(
-    model: SpeechModel, prompts: Sequence[np.ndarray], settings: GenerationSettings = GenerationSettings()
+def run_tasks(
+    model: SpeechModel, requests: Sequence[TaskRequest], settings: GenerationSettings = GenerationSettings()
 ) -> tuple[list[SpeechOutput], AppTiming]:
-    """Lets the model go on speaking.
+    """Answers requests of any tasks, lengths and samplers.
 
     Args:
-        model: from a joint (stage 2) checkpoint.
-        prompts: float waves [S], at least one patch (0.16 s) each.
-        settings: `max_seconds`, `min_seconds` and what all tasks share.
+        model: the model and its tokenizers.
+        requests: what to do.
+        settings: of the requests without settings of their own, and the batch size of the call.
 
     Returns:
-        One output per prompt, in order, and the time it took.
+        One output per request, in order, and the time it took.
 
     Raises:
-        ConfigError: a prompt is too short.
-    """
-    rate = model.patches_per_second
-    limits = math.ceil(settings.max_seconds * rate), math.ceil(settings.min_seconds * rate)
-    started = time.perf_counter()
-    codes = model.codec.encode(prompts, num_levels=model.generator.config.num_channels)
-    encode_seconds = time.perf_counter() - started
-    tasks = [continuation_prompt(model.tokenizer, model.generator.config, c) for c in codes]
-    return _run(model, tasks, settings, DEFAULT_TEXT, lambda task: limits, encode_seconds, join_prompt=True)
-
-
-def generate_tts(
-    model: SpeechModel, texts: Sequence[str], settings: GenerationSettings = GenerationSettings()
-) -> tuple[list[SpeechOutput], AppTiming]:
-    """Speaks texts.
-
-    Args:
-        model: from a joint (stage 2) checkpoint.
-        texts: what to say.
-        settings: `max_seconds` and what all tasks share.
-
-    Returns:
-        One output per text, in order, and the time it took.
-
-    Raises:
-        ConfigError: a text is empty.
-    """
-    patches = math.ceil(settings.max_seconds * model.patches_per_second)
-    tasks = [tts_prompt(model.tokenizer, model.generator.config, text) for text in texts]
-
-    def limits(task: TaskPrompt) -> tuple[int, int]:
-        return patches + len(task.prompt.text), 0  # the stream says the text too
-
-    return _run(model, tasks, settings, TTS_TEXT, limits, 0.0)
-
-
-def transcribe(
-    model: SpeechModel, wavs: Sequence[np.ndarray], settings: GenerationSettings = GenerationSettings()
-) -> tuple[list[SpeechOutput], AppTiming]:
-    """Writes down what is said.
-
-    Args:
-        model: from an understanding (stage 1) or joint (stage 2) checkpoint.
-        wavs: float waves [S].
-        settings: `max_text` and what all tasks share.
-
-    Returns:
-        One output per wave, in order, and the time it took.
-
-    Raises:
-        ConfigError: a wave is empty.
+        ConfigError: a request is impossible; nothing has been generated.
     """
     started = time.perf_counter()
-    codes = model.codec.encode(wavs, num_levels=model.generator.config.num_channels)
+    plans = []
+    for number, request in enumerate(requests):
+        own = request.settings or dataclasses.replace(settings, seed=(settings.seed + number) % 2**32)
+        try:
+            plans.append(_plan(model, request, own))
+            model.generator.check(plans[-1].generation)
+        except ValueError as error:
+            raise ConfigError(f"request {number}: {error}" if len(requests) > 1 else str(error)) from None
     encode_seconds = time.perf_counter() - started
-    tasks = [asr_prompt(model.tokenizer, model.generator.config, c) for c in codes]
-    return _run(model, tasks, settings, GREEDY, lambda task: (settings.max_text, 0), encode_seconds)
-
-
-def _run(
-    model: SpeechModel,
-    tasks: Sequence[TaskPrompt],
-    settings: GenerationSettings,
-    text_sampling: SamplingConfig,
-    limits: Callable[[TaskPrompt], tuple[int, int]],
-    encode_seconds: float,
-    join_prompt: bool = False,
-) -> tuple[list[SpeechOutput], AppTiming]:
-    """Generates in batches and decodes the speech. `limits` gives the most and the fewest new positions of a task."""
-    requests = []
-    for number, task in enumerate(tasks):
-        max_new, min_new = limits(task)
-        requests.append(
-            Request(
-                prompt=task.prompt,
-                max_new=max_new,
-                min_new=min_new,
-                stop_ids=task.stop_ids,
-                allowed_ids=task.allowed_ids if settings.constrain else None,
-                text_sampling=settings.text_sampling or text_sampling,
-                patch_sampling=settings.patch_sampling,
-                seed=(settings.seed + number) % 2**32,
-            )
-        )
-    generated: list[Generated] = []
+    # Prompts of similar length share a batch.
+    order = sorted(range(len(plans)), key=lambda i: len(plans[i].task.prompt.text))
+    generated: dict[int, Generated] = {}
     timings = []
-    for first in range(0, len(requests), settings.batch_size):
-        results, timing = model.generator.generate(requests[first : first + settings.batch_size])
-        generated += results
+    for first in range(0, len(order), settings.batch_size):
+        batch = order[first : first + settings.batch_size]
+        results, timing = model.generator.generate([plans[i].generation for i in batch])
+        generated |= zip(batch, results, strict=True)
         timings.append(timing)
     started = time.perf_counter()
-    outputs = [
-        _output(model, settings, request, result, join_prompt)
-        for request, result in zip(requests, generated, strict=True)
-    ]
+    outputs = [_output(model, plan, generated[i]) for i, plan in enumerate(plans)]
     samples = sum(len(o.wav) for o in outputs)
     return outputs, AppTiming(
         encode_seconds=encode_seconds,
@@ -285,100 +291,165 @@ def _run(
     )
 
 
-def _output(
-    model: SpeechModel, settings: GenerationSettings, request: Request, result: Generated, join_prompt: bool
-) -> SpeechOutput:
-    codes_MR = result.codes[: math.ceil(settings.max_seconds * model.codec.config.frame_rate)]
-    before_MR = request.prompt.patches.reshape(-1, codes_MR.shape[1]) if join_prompt else codes_MR[:0]
-    full_wav = model.codec.decode(np.concatenate([before_MR.astype(np.uint16), codes_MR]))
-    special = set(model.tokenizer.special.values())
-    ids = [int(i) for i in result.text if i not in special]
+def generate_speech_continuation(
+    model: SpeechModel, prompts: Iterable[np.ndarray], settings: GenerationSettings = GenerationSettings()
+) -> tuple[list[SpeechOutput], AppTiming]:
+    """Lets the model go on speaking after waves of at least one patch (0.16 s) each."""
+    return run_tasks(model, [TaskRequest(task="continue", audio=wav) for wav in prompts], settings)
+
+
+def generate_tts(
+    model: SpeechModel, texts: Iterable[str], settings: GenerationSettings = GenerationSettings()
+) -> tuple[list[SpeechOutput], AppTiming]:
+    """Speaks texts."""
+    return run_tasks(model, [TaskRequest(task="tts", text=text) for text in texts], settings)
+
+
+def transcribe(
+    model: SpeechModel, wavs: Iterable[np.ndarray], settings: GenerationSettings = GenerationSettings()
+) -> tuple[list[SpeechOutput], AppTiming]:
+    """Writes down what is said in waves."""
+    return run_tasks(model, [TaskRequest(task="asr", audio=wav) for wav in wavs], settings)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A request before and after generation
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    request: TaskRequest
+    settings: GenerationSettings
+    task: TaskPrompt
+    generation: Request
+    before_MR: np.ndarray  # frames that the answer's speech follows on
+
+
+def _plan(model: SpeechModel, r: TaskRequest, settings: GenerationSettings) -> _Plan:
+    """Encodes what a request holds and lays out its prompt."""
+    prompts = model.layouts
+    G, R = model.generator.config.group_size, model.generator.config.num_channels
+
+    def codes(wav: np.ndarray) -> np.ndarray:
+        wav = np.asarray(wav)
+        return wav if wav.ndim == 2 else model.codec.encode([wav], num_levels=R)[0]
+
+    def turn(content: Any) -> Any:
+        if isinstance(content, str):
+            return content
+        return Stream(content[0], codes(content[1])) if isinstance(content, tuple) else codes(content)
+
+    audio: Any = None if r.audio is None else codes(r.audio)
+    voice: Any = None if r.voice is None else codes(r.voice)
+    text: Any = r.text
+    instruction: Any = r.instruction
+    history = functools.reduce(operator.add, r.history) if r.history else None
+    before: np.ndarray = np.zeros((0, R), np.uint16)
+    wording: dict[str, Any] = {"template": r.template, "seed": settings.seed}
+    match r.task:
+        case "asr":
+            task = prompts.asr(audio, **wording)
+        case "tts":
+            task = prompts.tts(text, **wording)
+        case "instruct-tts":
+            task = prompts.instruct_tts(text, r.instruction, voice, **wording)
+        case "understand":
+            task = prompts.understanding(audio, text, r.thinking)
+        case "dialogue":
+            task = prompts.spoken_dialogue([*map(turn, r.turns), audio], r.system, voice, history)
+        case "speech-to-text" | "chat":
+            last = text if audio is None else audio
+            task = prompts.written_dialogue([*map(turn, r.turns), last], r.thinking, history)
+        case "few-shot":
+            examples = [(codes(given), Stream(words, codes(reply))) for given, reply, words in r.examples]
+            task = prompts.few_shot(instruction, examples, audio)
+        case "continue":
+            task, before = prompts.continuation(audio), audio
+        case "clone":
+            task = prompts.clone(text, voice, r.voice_text, **wording)
+            before = before if r.voice_text is None else voice
+    if settings.force_text:
+        task = prompts.hold_text(task)
+    rate, speaks = model.patches_per_second, TASKS[r.task].speaks
+    max_new = math.ceil(settings.max_seconds * rate) if speaks else 0
+    if r.task != "continue":
+        max_new += len(task.text) + len(task.forced_ids) + 3 if task.text else settings.max_text
+    max_new += settings.max_text if task.thinking else 0
+    generation = Request(
+        prompt=task.prompt,
+        max_new=settings.max_new or max_new,
+        min_new=math.ceil(settings.min_seconds * rate) if speaks else 0,
+        stop_ids=task.stop_ids,
+        allowed_ids=task.allowed_ids if settings.constrain or settings.force_text else None,
+        forced_ids=task.forced_ids,
+        text_sampling=settings.text_sampling or task.text_sampling,
+        patch_sampling=settings.patch_sampling,
+        seed=settings.seed,
+    )
+    return _Plan(r, settings, task, generation, before[: len(before) // G * G, :R].astype(np.uint16))
+
+
+def _output(model: SpeechModel, plan: _Plan, result: Generated) -> SpeechOutput:
+    settings, task, special = plan.settings, plan.task, model.tokenizer.special
+    quirks, speaks = settings.reference_quirks, TASKS[plan.request.task].speaks
+    ids = result.text[:-1] if quirks else result.text
+    # Speech and its words stand between the first of these, or from the beginning or to the end where there is none.
+    begins, ends = (np.flatnonzero(ids == special[name]) for name in ("<|sostm|>", "<|eostm|>"))
+    first, last = int(begins[0]) + 1 if len(begins) else 0, int(ends[0]) if len(ends) else len(ids)
+    is_patch = ids == model.generator.config.empty_id
+    spoken = (np.arange(len(ids)) >= first) & (np.arange(len(ids)) < last) & is_patch & speaks
+    codes_MR = result.patches[: is_patch.sum()][spoken[is_patch]].reshape(-1, result.patches.shape[-1])
+    codes_MR = codes_MR[: math.ceil(settings.max_seconds * model.codec.config.frame_rate)].astype(np.uint16)
+    full_wav = model.codec.decode(np.concatenate([plan.before_MR, codes_MR]))
+    wav = full_wav[len(plan.before_MR) * model.codec.config.samples_per_code :]
+    if quirks:
+        text, thinking = _published_text(model.tokenizer, ids), ""
+        if speaks and not len(codes_MR):
+            wav = full_wav = np.zeros(model.codec.config.mel.sample_rate, np.float32)
+    else:
+        thinking, text = words(model.tokenizer, ids[:first]), words(model.tokenizer, ids[first:last])
+        if task.thinking and not first:  # an answer in writing, or a chain of thought that the limit cut off
+            thinking, _, text = text.partition("</think>")
+        thinking, text = thinking.strip().removesuffix("</think>").strip(), text.strip()
+    answer, earlier = Prompt(result.text, result.patches), plan.request.history
+    if TASKS[plan.request.task].converses and not quirks:
+        answer = model.layouts.closed(answer)
+    asked = Prompt(
+        task.prompt.text[sum(len(turn.text) for turn in earlier) :],
+        task.prompt.patches[sum(len(turn.patches) for turn in earlier) :],
+    )
     return SpeechOutput(
-        text=model.tokenizer.decode(ids).strip(),
+        text=text,
         codes_MR=codes_MR,
-        wav=full_wav[len(before_MR) * model.codec.config.samples_per_code :],
+        wav=wav,
         full_wav=full_wav,
         positions=len(result.text),
         stopped=result.stop_id is not None,
-        seed=request.seed,
+        seed=settings.seed,
+        thinking=thinking,
+        history=(*earlier, asked + answer),
+        task=plan.request.task,
+        settings=settings,
     )
 
 
-def write_outputs(
-    folder: str | Path,
-    task: str,
-    model: SpeechModel,
-    outputs: Sequence[SpeechOutput],
-    timing: AppTiming,
-    settings: GenerationSettings,
-    names: Sequence[str] | None = None,
-    inputs: Sequence[str] | None = None,
-) -> Path:
-    """Writes each output as NAME.wav (speech), NAME-full.wav (speech with its prompt) and NAME.txt, and a TASK.json.
+def words(tokenizer: TextTokenizer, ids: np.ndarray) -> str:
+    """Ordinary text. Special tokens go first: a character of several tokens may stand on both sides of a patch."""
+    special = set(tokenizer.special.values())
+    return tokenizer.decode([int(i) for i in ids if i not in special])
 
-    The JSON holds settings, seeds, files and timings, and comes last. Files are written whole or not at all.
 
-    Args:
-        folder: made if missing.
-        task: name of the JSON file.
-        model: its `description` goes into the JSON.
-        outputs: what to write.
-        timing: of the call that made them.
-        settings: of that call.
-        names: stems of the files; TASK-0, TASK-1, ... by default.
-        inputs: what each output answers (a path, a text), for the JSON.
-
-    Returns:
-        Path of the JSON file.
-
-    Raises:
-        ConfigError: two outputs have one name.
-        OSError: a file cannot be written.
-    """
-    from mimo_jax.audio.files import save_wav
-
-    folder = Path(folder)
-    names = [f"{task}-{i}" for i in range(len(outputs))] if names is None else names
-    if len(set(names)) != len(outputs):
-        raise ConfigError(f"names: expected {len(outputs)} different names, got {list(names)}")
-    rate = model.codec.config.mel.sample_rate
-    items = []
-    for number, (name, output) in enumerate(zip(names, outputs, strict=True)):
-        files = {}
-        waves = {"wav": (f"{name}.wav", output.wav)}
-        if len(output.full_wav) > len(output.wav):
-            waves["full_wav"] = (f"{name}-full.wav", output.full_wav)
-        for kind, (file, wave) in waves.items():
-            if len(wave):
-                save_wav(folder / file, wave, rate)
-                files[kind] = file
-        if output.text:
-            atomic_write(folder / f"{name}.txt", f"{output.text}\n".encode())
-            files["text"] = f"{name}.txt"
-        items.append(
-            {
-                "name": name,
-                "input": None if inputs is None else inputs[number],
-                "text": output.text,
-                "seconds": len(output.wav) / rate,
-                "patches": -(-len(output.codes_MR) // model.generator.config.group_size),
-                "positions": output.positions,
-                "stopped": output.stopped,
-                "seed": output.seed,
-                "files": files,
-            }
-        )
-    record = {
-        "task": task,
-        "model": dict(model.description),
-        "settings": dataclasses.asdict(settings),
-        "timing": {
-            **dataclasses.asdict(timing),
-            "patches_per_second": timing.patches_per_second,
-            "real_time_factor": timing.real_time_factor,
-        },
-        "items": items,
-    }
-    path = folder / f"{task}.json"
-    atomic_write(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-    return path
+def _published_text(tokenizer: TextTokenizer, ids: np.ndarray) -> str:
+    """Text as the released code returns it: runs of tokens between special ones, most of which stay."""
+    names = {i: name for name, i in tokenizer.special.items()}
+    text, run = "", list[int]()
+    for i in [*ids.tolist(), None]:
+        if i is None or i in names:
+            text += tokenizer.decode(run) + names.get(i, "")
+            run = []
+        else:
+            run.append(i)
+    text = text.strip()
+    for name in ("<|empty|>", "<|eot|>", "<|eostm|>"):
+        text = text.replace(name, "")
+    return text

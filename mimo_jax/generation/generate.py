@@ -2,7 +2,8 @@
 
 Every position starts with the text head. Where it says `<|empty|>`, the patch decoder writes a patch for that request
 and the patch encoder turns it into the next input; elsewhere the text embedding is the next input. Requests of a batch
-may differ in prompt, lengths, stop ids, samplers and seed; what one yields does not depend on the others.
+may differ in prompt, lengths, stop ids, forced ids, samplers and seed; what one yields does not depend on the others:
+bit for bit where the padded sizes (`Bucket`) are the same, up to the rounding of sums where they are not.
 
 Axes: B requests, P prompt positions, C prompt patches, N new positions, V vocabulary, D width, G frames of a patch,
 R channels.
@@ -22,7 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig, ConfigError
-from mimo_jax.generation.sampling import DEFAULT_TEXT, PATCHES, SamplingConfig, SamplingParams, sample, sampling_params
+from mimo_jax.generation.sampling import (
+    DEFAULT_TEXT,
+    GREEDY,
+    PATCHES,
+    SamplingConfig,
+    SamplingParams,
+    sample,
+    sampling_params,
+)
 from mimo_jax.models.audio_lm import AudioLM, active_channels, unroll_params, unrolled
 from mimo_jax.models.transformer import KVCache
 
@@ -41,6 +50,10 @@ class Prompt:
     text: np.ndarray
     patches: np.ndarray
 
+    def __add__(self, other: Prompt) -> Prompt:
+        """What stands first, then what follows."""
+        return Prompt(np.concatenate([self.text, other.text]), np.concatenate([self.patches, other.patches]))
+
 
 @dataclass(frozen=True)
 class Request:
@@ -52,6 +65,8 @@ class Request:
         min_new: stop ids are not drawn before this many new positions.
         stop_ids: text ids that end the request; the one that does is part of the result.
         allowed_ids: the only text ids that may be drawn (`<|empty|>` among them, if patches may come); None allows all.
+        forced_ids: text ids of the first new positions whatever the model says; -1 leaves a position to it. A forced
+            `<|empty|>` is a patch that the patch decoder writes.
         text_sampling: sampler of the text head.
         patch_sampling: sampler of the patch decoder.
         seed: all draws of the request follow from it.
@@ -62,6 +77,7 @@ class Request:
     stop_ids: tuple[int, ...]
     min_new: int = 0
     allowed_ids: tuple[int, ...] | None = None
+    forced_ids: tuple[int, ...] = ()
     text_sampling: SamplingConfig = DEFAULT_TEXT
     patch_sampling: SamplingConfig = PATCHES
     seed: int = 0
@@ -98,8 +114,17 @@ class Timing:
     patches: int
 
 
+class Bucket(NamedTuple):
+    """Padded sizes that one pair of compiled programs serves: rows, prompt positions, prompt patches, new positions."""
+
+    requests: int
+    prompt: int
+    patches: int
+    new: int
+
+
 class _Batch(NamedTuple):
-    """Requests as arrays."""
+    """Requests as arrays. Rows beyond the requests hold one position and generate nothing."""
 
     text_BP: Any
     patches_BCGR: Any
@@ -109,6 +134,7 @@ class _Batch(NamedTuple):
     min_new_B: Any
     removed_BV: Any  # bool, ids that are never drawn
     stops_BV: Any  # bool
+    forced_BN: Any  # -1 = free
     seeds_B: Any  # uint32
     text: SamplingParams
     patch: SamplingParams
@@ -137,6 +163,7 @@ class Generator:
         params: Any,
         compute: ComputeConfig | None = None,
         text_vocab_size: int | None = None,
+        max_positions: int = 32_768,
     ) -> None:
         """
         Args:
@@ -144,6 +171,7 @@ class Generator:
             params: parameter tree of `AudioLM`, as training leaves it (layers stacked if `compute.scan_layers`).
             compute: precision that the model was trained with.
             text_vocab_size: ids from here on are rows that no text token uses; they are never drawn.
+            max_positions: prompt and new positions of a request at most, which bounds the KV cache.
         """
         compute = dataclasses.replace(compute or ComputeConfig(), remat="none")
         if jax.default_backend() == "cpu" and compute.scan_layers:
@@ -152,28 +180,38 @@ class Generator:
         self.compute = compute
         self.params = jax.tree_util.tree_map_with_path(self._stored, params)
         self.text_vocab_size = config.vocab_size if text_vocab_size is None else text_vocab_size
+        self.max_positions = max_positions
         self._model = AudioLM(config, self.compute)
         self._programs: dict[Any, tuple[Any, Any]] = {}
 
-    def generate(self, requests: Sequence[Request]) -> tuple[list[Generated], Timing]:
+    def generate(self, requests: Sequence[Request], bucket: Bucket | None = None) -> tuple[list[Generated], Timing]:
         """Runs all requests as one batch.
 
         Args:
             requests: at least one. A batch costs what its longest prompt and its longest answer cost.
+            bucket: padded sizes; by default `bucket_of(requests)`.
 
         Returns:
             One result per request, in order, and the time it took.
 
         Raises:
-            ConfigError: a request is impossible (empty prompt, ids outside the vocabulary, no id left to draw, ...).
+            ConfigError: a request is impossible (empty prompt, ids outside the vocabulary, no id left to draw, ...) or
+                does not fit the bucket.
         """
         if not requests:
             raise ConfigError("requests: expected at least one")
         for number, request in enumerate(requests):
-            self._check(request, f"request {number}")
-        batch, new = self._batch(requests)
+            try:
+                self.check(request)
+            except ConfigError as error:
+                raise ConfigError(f"request {number}: {error}") from None
+        smallest = self.bucket_of(requests)
+        bucket = bucket or smallest
+        if any(have < need for have, need in zip(bucket, smallest, strict=True)):
+            raise ConfigError(f"bucket: expected at least {smallest}, got {bucket}")
+        batch = self._batch(requests, bucket)
         started = time.perf_counter()
-        prefill, decode = self._compiled(batch, new)
+        prefill, decode = self._compiled(batch, bucket.new)
         compiled = time.perf_counter()
         h_BD, cache = jax.block_until_ready(prefill(self.params, batch))
         prefilled = time.perf_counter()
@@ -189,6 +227,17 @@ class Generator:
         )
         return results, timing
 
+    def bucket_of(self, requests: Sequence[Request]) -> Bucket:
+        """The smallest bucket that holds some requests."""
+        prompt = _round_up(max(len(r.prompt.text) for r in requests))
+        patches = max(len(r.prompt.patches) for r in requests)
+        return Bucket(
+            requests=1 << (len(requests) - 1).bit_length(),
+            prompt=prompt,
+            patches=min(prompt, _round_up(patches)) if patches else 0,
+            new=_round_up(max(r.max_new for r in requests)),
+        )
+
     def _stored(self, path: Any, x: Array) -> Array:
         """A parameter in the dtype that it is used in. Norms compute in float32, so their scales stay as they are."""
         is_norm = any(str(getattr(key, "key", "")).startswith("norm") for key in path)
@@ -197,12 +246,13 @@ class Generator:
     # ------------------------------------------------------------------------------------------------------
     # Requests to arrays and back
 
-    def _check(self, request: Request, name: str) -> None:
+    def check(self, request: Request) -> None:
+        """Raises ConfigError for an impossible request, with the setting and what is expected."""
         c, prompt = self.config, request.prompt
 
         def require(condition: bool, setting: str, expected: str) -> None:
             if not condition:
-                raise ConfigError(f"{name}: {setting}: expected {expected}")
+                raise ConfigError(f"{setting}: expected {expected}")
 
         text, patches = np.asarray(prompt.text), np.asarray(prompt.patches)
         require(text.ndim == 1 and len(text) > 0, "prompt.text", "at least one position")
@@ -221,10 +271,14 @@ class Generator:
                 f"codes of channel {r} in 0..{size - 1}",
             )
         require(request.max_new > 0, "max_new", "a positive number of positions")
+        positions = len(text) + request.max_new
+        limit = f"at most {self.max_positions} positions in prompt and answer, got {len(text)} + {request.max_new}"
+        require(positions <= self.max_positions, "max_positions", limit)
         require(0 <= request.min_new <= request.max_new, "min_new", f"0..max_new ({request.max_new})")
         drawn = set(range(self.text_vocab_size) if request.allowed_ids is None else request.allowed_ids)
-        for setting, ids in (("allowed_ids", drawn), ("stop_ids", set(request.stop_ids))):
-            require(all(0 <= i < c.vocab_size for i in ids), setting, f"ids in 0..{c.vocab_size - 1}")
+        forced = set(request.forced_ids) - {-1}
+        for setting, ids in (("allowed_ids", drawn), ("stop_ids", set(request.stop_ids)), ("forced_ids", forced)):
+            require(not ids or 0 <= min(ids) <= max(ids) < c.vocab_size, setting, f"ids in 0..{c.vocab_size - 1}")
         require(bool(drawn), "allowed_ids", "at least one id")
         require(
             request.min_new == 0 or bool(drawn - set(request.stop_ids)),
@@ -233,17 +287,16 @@ class Generator:
         )
         require(0 <= request.seed < 2**32, "seed", "an integer in 0..2^32-1")
 
-    def _batch(self, requests: Sequence[Request]) -> tuple[_Batch, int]:
-        c, B = self.config, len(requests)
-        P = _round_up(max(len(r.prompt.text) for r in requests))
-        C = max(len(r.prompt.patches) for r in requests)
-        C = min(P, _round_up(C)) if C else 0
+    def _batch(self, requests: Sequence[Request], bucket: Bucket) -> _Batch:
+        c = self.config
+        B, P, C, N = bucket
         text_BP = np.zeros((B, P), np.int32)
         patches_BCGR = np.zeros((B, C, c.group_size, c.num_channels), np.int32)
         patch_positions_BC = np.full((B, C), P, np.int32)
         removed_BV = np.zeros((B, c.vocab_size), bool)
         removed_BV[:, self.text_vocab_size :] = True
         stops_BV = np.zeros((B, c.vocab_size), bool)
+        forced_BN = np.full((B, N), -1, np.int32)
         for b, request in enumerate(requests):
             text, patches = np.asarray(request.prompt.text), np.asarray(request.prompt.patches)
             text_BP[b, : len(text)] = text
@@ -253,20 +306,24 @@ class Generator:
                 removed_BV[b] = True
                 removed_BV[b, list(request.allowed_ids)] = False
             stops_BV[b, list(request.stop_ids)] = True
+            forced = request.forced_ids[: request.max_new]
+            forced_BN[b, : len(forced)] = forced
+        spare = B - len(requests)
         batch = _Batch(
             text_BP=text_BP,
             patches_BCGR=patches_BCGR,
             patch_positions_BC=patch_positions_BC,
-            lengths_B=np.asarray([len(r.prompt.text) for r in requests], np.int32),
-            max_new_B=np.asarray([r.max_new for r in requests], np.int32),
-            min_new_B=np.asarray([r.min_new for r in requests], np.int32),
+            lengths_B=np.asarray([len(r.prompt.text) for r in requests] + [1] * spare, np.int32),
+            max_new_B=np.asarray([r.max_new for r in requests] + [0] * spare, np.int32),
+            min_new_B=np.asarray([r.min_new for r in requests] + [0] * spare, np.int32),
             removed_BV=removed_BV,
             stops_BV=stops_BV,
-            seeds_B=np.asarray([r.seed for r in requests], np.uint32),
-            text=sampling_params([r.text_sampling for r in requests]),
-            patch=sampling_params([r.patch_sampling for r in requests]),
+            forced_BN=forced_BN,
+            seeds_B=np.asarray([r.seed for r in requests] + [0] * spare, np.uint32),
+            text=sampling_params([r.text_sampling for r in requests] + [GREEDY] * spare),
+            patch=sampling_params([r.patch_sampling for r in requests] + [GREEDY] * spare),
         )
-        return jax.device_put(batch), _round_up(max(r.max_new for r in requests))
+        return jax.device_put(batch)
 
     def _result(self, end: _Output, b: int) -> Generated:
         text = end.text_BN[b, : end.counts_B[b]]
@@ -274,7 +331,7 @@ class Generator:
         return Generated(text=text, patches=patches, stop_id=int(text[-1]) if end.stopped_B[b] else None)
 
     def _compiled(self, batch: _Batch, new: int) -> tuple[Any, Any]:
-        key = (batch.text_BP.shape, batch.patches_BCGR.shape, new)
+        key = (*batch.text_BP.shape, batch.patches_BCGR.shape[1], new)
         if key not in self._programs:
             prefill = jax.jit(self._prefill, static_argnums=2).lower(self.params, batch, new).compile()
             h_BD, cache = jax.eval_shape(lambda p, b: self._prefill(p, b, new), self.params, batch)
@@ -313,7 +370,9 @@ class Generator:
             position, h_BD, cache, out = carry
             keys_B = jax.vmap(jax.random.fold_in, (0, None))(request_keys_B, position)
             removed_BV = batch.removed_BV | (batch.stops_BV & (out.counts_B < batch.min_new_B)[:, None])
-            ids_B = sample(keys_B, self._apply(params, AudioLM.text_head, h_BD), batch.text, removed_BV)
+            drawn_B = sample(keys_B, self._apply(params, AudioLM.text_head, h_BD), batch.text, removed_BV)
+            forced_B = jax.lax.dynamic_index_in_dim(batch.forced_BN, position, axis=1, keepdims=False)
+            ids_B = jnp.where(forced_B >= 0, forced_B, drawn_B)
             is_patch_B = (ids_B == c.empty_id) & ~out.done_B
             text_x_BD = self._apply(params, AudioLM.embed_text, ids_B[:, None])[:, 0]
 
@@ -343,7 +402,7 @@ class Generator:
 
         out = _Output(
             counts_B=jnp.zeros(B, jnp.int32),
-            done_B=jnp.zeros(B, bool),
+            done_B=batch.max_new_B == 0,
             stopped_B=jnp.zeros(B, bool),
             text_BN=jnp.zeros((B, new), jnp.int32),
             patches_BNGR=jnp.zeros((B, new, *patch_shape), jnp.int32),

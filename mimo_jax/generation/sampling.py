@@ -49,6 +49,9 @@ class SamplingConfig:
 GREEDY = SamplingConfig(temperature=0.0)
 DEFAULT_TEXT = SamplingConfig(temperature=0.6, top_k=50, top_p=0.95)
 TTS_TEXT = SamplingConfig(temperature=0.6, top_p=1.0)
+DIALOGUE_TEXT = SamplingConfig(temperature=0.6, top_p=0.95)
+UNDERSTANDING_TEXT = SamplingConfig(temperature=0.3, top_p=0.95)
+CHAT_TEXT = SamplingConfig(temperature=0.4, top_p=0.95)
 PATCHES = SamplingConfig(temperature=0.9, top_p=0.95)
 
 

@@ -1,11 +1,10 @@
 """Attention, in one place: every stack of the system calls `attention` and says what may attend to what.
 
-Implementations:
+Implementations, each of which honours causality, window, segments and grouped heads, or raises:
     dense: all scores at once; for short rows.
     chunked: a scan over blocks of queries, each recomputed in the backward pass, so that no [L, S] array exists; a
         finite window reads only the keys around the block, and causal rows leave out most of the keys in the future.
     splash: the Pallas TPU kernel of jax.
-Each honours causality, window, segments and grouped heads, or raises.
 
 Axes: B batch, L query positions, S key positions, N query heads, K key/value heads, G query heads of a key head, H head
 dimension, C queries of a block.
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -139,10 +138,7 @@ def _attend(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BLS: j
     else:
         mask = mask_BLS[:, None, None]
         scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-        weights = jnp.where(mask, jnp.exp(scores - top), 0)
-        total = weights.sum(-1, keepdims=True)
-        probs = weights / jnp.where(total == 0, 1, total)
+        probs = jnp.where(mask.any(-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
     out = jnp.einsum("bkgls,bskh->blkgh", probs.astype(v_BSKH.dtype), v_BSKH)
     return out.reshape(B, L, N, H).astype(q_BLNH.dtype)
 
@@ -263,40 +259,20 @@ def _splash_local(q, k, v, q_segments=None, kv_segments=None, *, window: Window,
     else:
         mask = masks.LocalMask((L, L), window_size=(left, right), offset=0)
     block = next(b for b in (1024, 512, 256, 128) if L % b == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=min(block, 512),
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=min(block, 512),
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-    )
+    sizes: Any = {f"block_{name}": block for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+    sizes |= dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), min(block, 512))
+    sizes, heads = splash.BlockSizes(**sizes), masks.MultiHeadMask([mask] * N)
+    kernel = splash.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    if q_segments is None:
-        out = jax.vmap(kernel)(q, k, v)
-    else:
-        out = jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, segment_ids=splash.SegmentIds(q=a, kv=b)))(
-            q, k, v, q_segments, kv_segments
-        )
+    segments = None if q_segments is None else splash.SegmentIds(q=q_segments, kv=kv_segments)
+    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(q, k, v, segments)
     return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
 
 def rope_tables(positions_BL: jax.Array, head_dim: int, theta: float, dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary embedding.
+    """Cosine and sine of the rotary embedding: two arrays [B or 1, L, 1, H / 2], of frequencies theta^(-2i / H).
 
-    Args:
-        positions_BL: int32 [B or 1, L].
-        head_dim: H, even.
-        theta: base of the frequencies theta^(-2i / H).
-        dtype: float32 or float64, whatever the activations are.
-
-    Returns:
-        Two arrays [B or 1, L, 1, H / 2].
+    `head_dim` H is even; `dtype` is float32 or float64, whatever the activations are.
     """
     frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)
     angles = positions_BL[:, :, None, None].astype(dtype) * jnp.asarray(frequencies, dtype)

@@ -91,7 +91,8 @@ def initializer(scale: float = INIT_SCALE) -> nn.initializers.Initializer:
 class Linear(nn.Module):
     """Affine map of the trailing axes: [..., *inputs] -> [..., *outputs], with kernel [*inputs, *outputs].
 
-    `input_axes` and `output_axes` are the logical names of the kernel's axes.
+    `input_axes` and `output_axes` are the logical names of the kernel's axes. Where the collection "lora" holds `a`
+    [*inputs, rank] and `b` [rank, *outputs], their product is added to the kernel without ever being formed.
     """
 
     inputs: tuple[int, ...]
@@ -109,7 +110,11 @@ class Linear(nn.Module):
         leading = x.shape[: x.ndim - len(self.inputs)]
         # As one product of two matrices: XLA CPU takes twice as long for the gradients of anything else.
         matrix = kernel.astype(dtype).reshape(math.prod(self.inputs), math.prod(self.outputs))
-        y = x.astype(dtype).reshape(math.prod(leading), matrix.shape[0]) @ matrix
+        x = x.astype(dtype).reshape(math.prod(leading), matrix.shape[0])
+        y = x @ matrix
+        if self.has_variable("lora", "a"):
+            a, b = (jnp.asarray(self.get_variable("lora", name), dtype) for name in ("a", "b"))
+            y = y + (x @ a.reshape(len(matrix), -1)) @ b.reshape(-1, matrix.shape[1])
         y = y.reshape(*leading, *self.outputs)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.output_axes)
@@ -279,7 +284,7 @@ class Transformer(nn.Module):
         if compute.scan_layers:
             stack = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=c.num_layers,

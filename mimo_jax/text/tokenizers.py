@@ -40,34 +40,19 @@ class TextTokenizerError(ValueError):
 
 
 class TextTokenizer(abc.ABC):
-    """Text to ids and back.
+    """Text to ids and back; `load_text_tokenizer` makes one."""
 
-    Attributes:
-        name: path of the file, for messages.
-        fingerprint: first 16 hexadecimal digits of the SHA-256 of the file.
-        special: id of each of `SPECIAL_TOKENS`.
-        vocab_size: largest id + 1.
-    """
-
-    special: dict[str, int]
-    vocab_size: int
+    name: str  # path of the file, for messages
+    fingerprint: str  # first 16 hexadecimal digits of the SHA-256 of the file
+    special: dict[str, int]  # id of each of `SPECIAL_TOKENS`
+    vocab_size: int  # largest id + 1
 
     def __init__(self, content: bytes, name: str) -> None:
-        """Parses a tokenizer file's bytes; `load_text_tokenizer` reads the file and picks the class."""
         self.name = name
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
-        self._content = content
-
-    def __reduce__(self) -> tuple[type[TextTokenizer], tuple[bytes, str]]:
-        # Data workers get a copy built from the same bytes: the wrapped objects lose settings when they are copied.
-        return type(self), (self._content, self.name)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of raw text, none of them a special token's.
-
-        Raises:
-            UnicodeEncodeError: the text holds a lone surrogate, which is not text (and a ValueError).
-        """
+        """Ids of raw text, none of them a special token's; raises UnicodeEncodeError for a lone surrogate."""
         text.encode()
         return self._encode(text)
 
@@ -98,9 +83,7 @@ class TextTokenizer(abc.ABC):
         ids = set(found.values())
         for token in SPECIAL_TOKENS:
             if ids.intersection(self.encode(token)):
-                raise TextTokenizerError(
-                    f"{self.name}: expected {token!r} to be a special token only, but text yields it"
-                )
+                raise TextTokenizerError(f"{self.name}: expected {token!r} to be a special token, but text yields it")
         return {t: found[t] for t in SPECIAL_TOKENS}
 
 
@@ -216,9 +199,6 @@ def train_sentencepiece(
         character_coverage: share of the characters that get a piece of their own; the rest falls back to bytes.
         max_lines: of a larger corpus, this many lines are drawn at random.
         seed: of that draw.
-
-    Returns:
-        The trained tokenizer.
 
     Raises:
         TextTokenizerError: the corpus is empty, or too small or too rich in characters for `vocab_size`.

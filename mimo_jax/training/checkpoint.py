@@ -5,6 +5,9 @@
                             /meta        JSON: config, data position and fingerprints, counters, versions
                             /commit.json sizes and SHA-256 of all other files, written last
 
+The variables of a LoRA run are its adapters; `meta` names the checkpoint they stand on, and whoever reads parameters
+here gets both merged.
+
 Orbax loads a flipped byte without noticing and does not fall back to an older step. So a step counts only when its
 `commit.json` is there, and is used only when its files still have the sums that stand in it; otherwise the next older
 step is used. A checkpoint restores onto any mesh and any number of processes.
@@ -23,7 +26,7 @@ import shutil
 import subprocess
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,13 @@ import mimo_jax
 from mimo_jax.atomic import atomic_write
 from mimo_jax.config import JobConfig
 from mimo_jax.config_files import from_config_dict, to_json
+from mimo_jax.training import lora
 from mimo_jax.training.state import Tree
 
-FORMAT = 1
+FORMAT = 2  # 2: codebooks hold their entries
 FOLDER = "checkpoints"
 MARKER = "commit.json"
+_INFERENCE = ("variables", "meta")  # items that using a model reads: not the moments, two thirds of the bytes
 
 # Settings that may differ when a run is continued: length and rhythm, placement on devices, where files lie (their
 # content is compared by the loader's fingerprint), and how (not what) is computed.
@@ -84,7 +89,7 @@ def _digests(step_dir: Path, names: list[str], sync: bool = False) -> Iterator[t
         yield from zip(names, pool.map(lambda name: _digest(step_dir / name, sync), names), strict=True)
 
 
-def _write_marker(step_dir: Path) -> None:
+def write_marker(step_dir: Path) -> None:
     """Puts every file of a step on disk, then writes the marker with their sums."""
     marker = {"format": FORMAT, "files": dict(_digests(step_dir, _files(step_dir), sync=True))}
     atomic_write(step_dir / MARKER, json.dumps(marker, indent=1).encode())
@@ -95,8 +100,8 @@ def _write_marker(step_dir: Path) -> None:
         os.close(descriptor)
 
 
-def verify(step_dir: str | os.PathLike[str]) -> None:
-    """Compares the files of a step with its marker.
+def verify(step_dir: str | os.PathLike[str], items: Sequence[str] | None = None) -> None:
+    """Compares the files of a step, or of some of its items, with its marker.
 
     Raises:
         CheckpointError: the marker is missing, or a file is missing, unknown, or has another size or content.
@@ -115,6 +120,8 @@ def verify(step_dir: str | os.PathLike[str]) -> None:
     found = _files(step_dir)
     for name in sorted(set(expected) ^ set(found)):
         raise CheckpointError(f"{step_dir / name}: {'missing' if name in expected else 'not part of the checkpoint'}")
+    if items is not None:
+        found = [name for name in found if name.split("/")[0] in items]
     for name, digest in _digests(step_dir, found):
         if digest != expected[name]:
             raise CheckpointError(f"{step_dir / name}: damaged: size or SHA-256 differs from {MARKER}")
@@ -133,30 +140,31 @@ def read_meta(step_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected the JSON of a checkpoint: {error}") from error
 
 
-def find(path: str | os.PathLike[str], step: int | None = None) -> Path:
+def find(path: str | os.PathLike[str], step: int | None = None, items: Sequence[str] | None = None) -> Path:
     """Folder of the newest intact checkpoint under `path`.
 
     Args:
         path: working directory of a run, its `checkpoints` folder, or the folder of one step.
         step: this step and no other.
+        items: those that will be read and must be intact; all by default.
 
     Raises:
         CheckpointError: there is no checkpoint, or none that is intact. Damaged ones are passed over with a warning.
     """
     path = Path(path)
     if (path / MARKER).is_file():
-        verify(path)
+        verify(path, items)
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = good_steps(folder)
     if step is not None:
         if step not in steps:
             raise CheckpointError(f"{folder}: no complete checkpoint of step {step}; there are {steps}")
-        verify(folder / str(step))
+        verify(folder / str(step), items)
         return folder / str(step)
     for candidate in reversed(steps):
         try:
-            verify(folder / str(candidate))
+            verify(folder / str(candidate), items)
             return folder / str(candidate)
         except CheckpointError as error:
             warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
@@ -175,6 +183,7 @@ def make_meta(
     data_fingerprint: Mapping[str, Any],
     trained_groups: list[str],
     counters: Mapping[str, float],
+    base: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What is saved beside the arrays.
 
@@ -185,6 +194,7 @@ def make_meta(
         data_fingerprint: what the data and the text tokenizer are.
         trained_groups: groups that this run or a run before it has trained; the others are as initialised.
         counters: totals since the beginning of the run (positions, audio hours, ...).
+        base: `reference` to the checkpoint that the adapters of a LoRA run stand on.
     """
     return {
         "format": FORMAT,
@@ -197,7 +207,7 @@ def make_meta(
         "counters": dict(counters),
         "package_version": mimo_jax.__version__,
         "git_revision": git_revision(),
-    }
+    } | ({} if base is None else {"base": dict(base)})
 
 
 @functools.cache
@@ -228,7 +238,7 @@ def check_same_run(
         CheckpointError: another setting or the data differ; names the first one and both values.
     """
     new = _flat(json.loads(to_json(config)))
-    old = _flat(meta["config"])
+    old = _flat(json.loads(to_json(from_config_dict(meta["config"]))))  # settings that are newer have their defaults
     for key in sorted(set(new) | set(old)):
         if new.get(key) != old.get(key) and not any(re.fullmatch(pattern, key) for pattern in _MAY_CHANGE):
             raise CheckpointError(
@@ -291,7 +301,7 @@ class CheckpointStore:
         self.wait()
         self._check_space((variables, optimizer))
         items = ocp.args.Composite(
-            variables=ocp.args.StandardSave(variables),
+            variables=ocp.args.StandardSave(variables, jax.tree_util.tree_map_with_path(_chunks, variables)),
             optimizer=ocp.args.StandardSave(optimizer),
             meta=ocp.args.JsonSave(dict(meta)),
         )
@@ -319,7 +329,7 @@ class CheckpointStore:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                _write_marker(self.folder / str(step))
+                write_marker(self.folder / str(step))
                 for old in good_steps(self.folder)[: -self._keep]:
                     (self.folder / str(old) / MARKER).unlink()
                     shutil.rmtree(self.folder / str(old))
@@ -410,6 +420,13 @@ def _not_raised_later(record: logging.LogRecord) -> bool:
     return "_SignalingThread.run() raised" not in message and "in background save thread" not in message
 
 
+def _chunks(path: tuple[Any, ...], _: Any) -> Any:
+    """A stack is stored layer by layer, so that `mimo-jax convert` can read it so."""
+    import orbax.checkpoint as ocp
+
+    return ocp.SaveArgs(shard_axes=(0,) if jax.tree_util.DictKey("layers") in path else ())
+
+
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -424,8 +441,45 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
+def reference(base: Path, folder: Path) -> dict[str, str]:
+    """How an adapter checkpoint in `folder` names the step it stands on: two ways to find it, and its fingerprint."""
+    digest = hashlib.sha256((base / MARKER).read_bytes()).hexdigest()[:16]
+    return {"path": str(base.absolute()), "relative": os.path.relpath(base, folder), "fingerprint": digest}
+
+
+def base_of(step_dir: str | os.PathLike[str]) -> Path | None:
+    """Folder of the step that an adapter checkpoint stands on; None for any other checkpoint.
+
+    Raises:
+        CheckpointError: it is neither where it was nor at the same place relative to the adapters, or is another one.
+    """
+    base = read_meta(step_dir).get("base")
+    if base is None:
+        return None
+    for place in (Path(base["path"]), Path(step_dir).absolute().parent / base["relative"]):
+        if (place / MARKER).is_file() and reference(place, place)["fingerprint"] == base["fingerprint"]:
+            return place
+    raise CheckpointError(
+        f"{step_dir}: expected the checkpoint that these adapters stand on, of fingerprint {base['fingerprint']}, "
+        f"at {base['path']}"
+    )
+
+
+def open_step(path: str | os.PathLike[str], step: int | None = None) -> Path:
+    """`find` for inference: variables and meta are intact, and so are those of a base."""
+    step_dir = find(path, step, _INFERENCE)
+    if (base := base_of(step_dir)) is not None:
+        open_step(base)
+    return step_dir
+
+
 def saved_shapes(step_dir: str | os.PathLike[str]) -> Tree:
     """Tree of `jax.ShapeDtypeStruct` of the saved variables (`params` and `codebook`), read without the arrays."""
+    base = base_of(step_dir)
+    return _stored_shapes(step_dir) if base is None else saved_shapes(base)
+
+
+def _stored_shapes(step_dir: str | os.PathLike[str]) -> Tree:
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler()
@@ -441,6 +495,26 @@ def read_variables(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
         step_dir: folder of one step.
         abstract: a part of the tree of `saved_shapes`, as `jax.ShapeDtypeStruct` with shardings.
     """
+    base = base_of(step_dir)
+    if base is None:
+        return _read_stored(step_dir, abstract)
+    variables = read_variables(base, abstract)
+    wanted = lora.flatten(abstract["params"])
+    beside = {p: x for p, x in lora.flatten(_stored_shapes(step_dir)["params"]).items() if lora.target(p) in wanted}
+    if not beside:
+        return variables
+    placement = next(iter(wanted.values())).sharding
+    if isinstance(placement, jax.sharding.NamedSharding):
+        placement = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec())
+    shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement) for p, x in beside.items()}
+    learnt = _read_stored(step_dir, {"params": lora.nest(shapes)})["params"]
+    config = from_config_dict(read_meta(step_dir)["config"]).lora  # type: ignore[union-attr]
+    merged = lora.merge_lora(config, variables["params"], learnt)
+    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), merged, abstract["params"])
+    return variables | {"params": placed}
+
+
+def _read_stored(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
     import orbax.checkpoint as ocp
 
     arguments = ocp.args.PyTreeRestore(
@@ -468,7 +542,7 @@ def load_params(
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    step_dir = find(path, step)
+    step_dir = open_step(path, step)
     meta = read_meta(step_dir)
     config = from_config_dict(meta["config"])
     shapes = saved_shapes(step_dir)
@@ -496,11 +570,11 @@ def transfer(path: str | os.PathLike[str], wanted: Tree, data_fingerprint: Mappi
         CheckpointError: there is no checkpoint, nothing matches, a parameter is missing or has another shape, or the
             other run learnt the ids of another tokenizer.
     """
-    step_dir = find(path)
+    step_dir = open_step(path)
     saved, meta = saved_shapes(step_dir)["params"], read_meta(step_dir)
     groups = [group for group in wanted if group in meta["trained_groups"]]
     if not groups:
-        raise CheckpointError(f"{step_dir}: no trained group among {sorted(wanted)}; it has {sorted(saved)}")
+        raise CheckpointError(f"{step_dir}: no trained group among {sorted(wanted)}; it has {meta['trained_groups']}")
     for name in ("text_tokenizer", "audio_tokenizer"):
         old, new = (fingerprint.get(name) for fingerprint in (meta["data_fingerprint"], data_fingerprint or {}))
         if old and new and old != new:

@@ -8,6 +8,7 @@ checkpoint says which groups were ever trained, so that a later stage takes over
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mimo_jax.config import LMTrainConfig
+from mimo_jax.config import ConfigError, LMTrainConfig
 from mimo_jax.data.lm_rows import lm_loader
 from mimo_jax.models.audio_lm import AudioLM, abstract_params, init_params
 from mimo_jax.rows import LMRows
 from mimo_jax.sharding import batch_sharding, make_mesh, shardings
 from mimo_jax.text.tokenizers import load_text_tokenizer
-from mimo_jax.training import lm_loss, loop
-from mimo_jax.training.checkpoint import CheckpointStore, make_meta, transfer
+from mimo_jax.training import lm_loss, loop, lora
+from mimo_jax.training.checkpoint import CheckpointError, CheckpointStore, make_meta, open_step, reference, transfer
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, make_optimizer, schedule, trained
 from mimo_jax.training.state import TrainState, Tree
@@ -62,24 +63,26 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
     model = AudioLM(cfg.model, cfg.compute)
     rates = dataclasses.asdict(cfg.learning_rates)
     optimizer = make_optimizer(cfg.optimizer, rates, run.steps)
+    everything = abstract_params(cfg.model, cfg.compute)["params"]
+    learnt = lora.abstract(cfg.lora, rates, everything) if cfg.lora.rank else everything
 
     def start(params: Tree) -> TrainState:
         return TrainState.start(params, optimizer.init(trained(params, rates)))
 
     # Shard
-    abstract = jax.eval_shape(lambda key: start(init_params(cfg.model, cfg.compute, key)["params"]), key)
-    placed = loop.state_shardings(abstract, shardings(abstract_params(cfg.model, cfg.compute), mesh)["params"], mesh)
+    abstract = jax.eval_shape(start, unboxed(learnt))
+    placed = loop.state_shardings(abstract, shardings(learnt, mesh), mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def put(rows: LMRows) -> LMRows:
         return loop.to_devices(rows, batch_sharding(mesh))
 
     # Update step
-    train_step = jax.jit(make_train_step(cfg, model, optimizer), donate_argnums=0, out_shardings=(placed, replicated))
+    update = jax.jit(make_train_step(cfg, model, optimizer), donate_argnums=0, out_shardings=(placed, replicated))
 
     @jax.jit
-    def eval_step(state: TrainState, rows: LMRows) -> StepMetrics:
-        _, sums = lm_loss.lm_loss(model, state.params, rows, cfg.loss)
+    def eval_step(params: Tree, rows: LMRows, base: Tree) -> StepMetrics:
+        _, sums = lm_loss.lm_loss(model, rows=rows, loss=cfg.loss, **model_variables(cfg, params, base))
         return jax.lax.with_sharding_constraint(StepMetrics.make(sums), replicated)
 
     @jax.jit
@@ -89,24 +92,49 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         return means | {"audio/ce": jnp.mean(jnp.stack(channels))}
 
     def validate(state: TrainState) -> dict[str, float]:
-        return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches)
+        return loop.evaluate(
+            lambda state, rows: eval_step(state.params, rows, base), state, validation, put, describe, run.eval_batches
+        )
 
     # Restore
     store = CheckpointStore(folder, run.keep_checkpoints)
     restored = loop.resume(store, abstract, placed, cfg, loader)
+    base: Tree = {}
+    tables: Tree = {}
+    stands_on = None
+    if cfg.lora.rank:
+        wanted = loop.with_shardings(_base_shapes(everything, learnt), shardings(everything, mesh))
+        origin = open_step(cfg.init_from)
+        given = transfer(origin, wanted, loader.fingerprint)
+        if set(given) < set(rates):
+            missing = ", ".join(sorted(set(rates) - set(given)))
+            raise ConfigError(f"init_from: expected a checkpoint in which {missing} has been trained")
+        base, tables = lora.split(learnt, given)
+        del given
+        stands_on = reference(origin, store.folder)
     if restored is not None:
+        tables = {}  # the state has them
         state, meta = restored
         groups, counters = meta["trained_groups"], meta["counters"]
+        known = meta.get("base", {}).get("fingerprint")
+        if known != (stands_on or {}).get("fingerprint"):
+            raise CheckpointError(f"{cfg.init_from}: expected the checkpoint that the run stands on, of {known}")
         writer = MetricsWriter(folder, meta["step"])
         writer.say(f"continuing from step {meta['step']}")
     else:
         writer, counters, params = MetricsWriter(folder), {}, {}
         if cfg.init_from:
-            wanted = loop.with_shardings(abstract.params, placed.params)
-            params = transfer(cfg.init_from, wanted, loader.fingerprint)
-            writer.say(f"{', '.join(sorted(params))} from {cfg.init_from}")
-        groups = [group for group in sorted(rates) if group in params or rates[group] > 0]
-        if set(params) < set(rates):
+            if not cfg.lora.rank:
+                wanted = loop.with_shardings(abstract.params, placed.params)
+                params = transfer(cfg.init_from, wanted, loader.fingerprint)
+            writer.say(f"{', '.join(sorted(params or base))} from {cfg.init_from}")
+        groups = [group for group in sorted(rates) if group in params or group in base or rates[group] > 0]
+        if cfg.lora.rank:
+            begin = functools.partial(lora.start, abstract.params)
+            place = jax.jit(begin, out_shardings=placed.params, donate_argnums=0)
+            params = place(tables, key)
+            del tables
+        elif set(params) < set(rates):
             # Apart from the optimiser, so that all stages of a model share one compiled program: random numbers compile
             # slowly.
             init = jax.jit(init_params, static_argnums=(0, 1), out_shardings={"params": placed.params})
@@ -114,13 +142,15 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         state = jax.jit(start, out_shardings=placed, donate_argnums=0)(params)
     loop.describe_run(folder, cfg, state.params)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
-    writer.say(f"{num_params:,} parameters, trained: {', '.join(trained(state.params, rates))}; {mesh.size} devices")
+    beside = f" beside {sum(x.size for x in jax.tree.leaves(base)):,} frozen ones" if base else ""
+    learning = ", ".join(trained(state.params, rates))
+    writer.say(f"{num_params:,} parameters{beside}, trained: {learning}; {mesh.size} devices")
 
     # Loop
     try:
         loop.train_loop(
             state,
-            train_step,
+            lambda state, rows: update(state, rows, base),
             loader,
             validate,
             run=run,
@@ -134,7 +164,9 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
             put=put,
             store=store,
             writer=writer,
-            make_meta=lambda step, counters: make_meta(step, cfg, loader.state(), loader.fingerprint, groups, counters),
+            make_meta=lambda step, counters: make_meta(
+                step, cfg, loader.state(), loader.fingerprint, groups, counters, stands_on
+            ),
             counters=counters,
         )
     finally:
@@ -144,8 +176,32 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         validation.close()
 
 
+def unboxed(boxes: Tree) -> Tree:
+    """Shapes out of their boxes (see `abstract_params`)."""
+    return jax.tree.map(lambda box: box.value, boxes, is_leaf=lambda x: hasattr(x, "names"))
+
+
+def _base_shapes(everything: Tree, learnt: Tree) -> Tree:
+    """Shapes of a model whose trained tables are float32, as `learnt` has them."""
+    tables = lora.flatten(unboxed(learnt))
+    return lora.nest({path: tables.get(path, x) for path, x in lora.flatten(unboxed(everything)).items()})
+
+
+def model_variables(cfg: LMTrainConfig, params: Tree, base: Tree) -> dict[str, Tree]:
+    """`params` and, for a LoRA run, `lora`, as `lm_loss` takes them.
+
+    Args:
+        cfg: settings.
+        params: what the state holds: all parameters, or what a LoRA run trains.
+        base: the frozen parameters of a LoRA run.
+    """
+    return lora.variables(cfg.lora, base, params) if cfg.lora.rank else {"params": params}
+
+
 def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
-    """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated.
+    """The update as a function (state, rows, base) -> (state, metrics), to be jitted with the state donated.
+
+    `base` are the frozen parameters of a LoRA run.
 
     Args:
         cfg: settings.
@@ -155,12 +211,13 @@ def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
     rates = dataclasses.asdict(cfg.learning_rates)
     factor = schedule(cfg.optimizer, cfg.run.steps)
 
-    def step(state: TrainState, rows: LMRows) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, rows: LMRows, base: Tree = None) -> tuple[TrainState, StepMetrics]:
         totals = lm_loss.loss_totals(rows)
         learning = trained(state.params, rates)
 
         def loss(learning: Any, rows: LMRows) -> tuple[jax.Array, lm_loss.LMLossSums]:
-            return lm_loss.lm_loss(model, {**state.params, **learning}, rows, cfg.loss, totals)
+            given = model_variables(cfg, {**state.params, **learning}, base)
+            return lm_loss.lm_loss(model, rows=rows, loss=cfg.loss, totals=totals, **given)
 
         def micro_batch(rows: LMRows) -> Any:
             return jax.value_and_grad(loss, has_aux=True)(learning, rows)

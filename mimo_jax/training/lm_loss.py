@@ -85,7 +85,12 @@ def loss_totals(rows: LMRows) -> LMLossTotals:
 
 
 def lm_loss(
-    model: AudioLM, params: Any, rows: LMRows, loss: LMLossConfig, totals: LMLossTotals | None = None
+    model: AudioLM,
+    params: Any,
+    rows: LMRows,
+    loss: LMLossConfig,
+    totals: LMLossTotals | None = None,
+    lora: Any = None,
 ) -> tuple[jax.Array, LMLossSums]:
     """Loss of a batch of packed rows.
 
@@ -96,11 +101,12 @@ def lm_loss(
         loss: weights. Without any channel weight the patch decoder does not run.
         totals: weight sums to divide by. Micro-batches of an accumulated step pass those of the whole batch, so that
             their losses and gradients add up to those of the batch. By default the sums of these rows.
+        lora: the "lora" collection, if there is one (`training.lora`).
 
     Returns:
         The total (scalar) and the sums it was made of.
     """
-    sums = _sum(model, rows, target_losses(model, params, rows, loss))
+    sums = _sum(model, rows, target_losses(model, params, rows, loss, lora))
     return total_loss(model, sums, loss, totals), sums
 
 
@@ -140,11 +146,11 @@ def means(model: AudioLM, sums: LMLossSums, loss: LMLossConfig) -> dict[str, jax
     return out
 
 
-def target_losses(model: AudioLM, params: Any, rows: LMRows, loss: LMLossConfig) -> LMTargetLosses:
+def target_losses(model: AudioLM, params: Any, rows: LMRows, loss: LMLossConfig, lora: Any = None) -> LMTargetLosses:
     """Cross-entropy of every target of packed rows; arguments as in `lm_loss`."""
     B, C = rows.patch_positions_BC.shape
     R = model.config.num_channels
-    variables = {"params": params}
+    variables = {"params": params} | ({"lora": lora} if lora else {})
     text_weights_BL, channel_weights_BC, previous_BC = _weights(rows)
     h_BLD = model.apply(variables, rows)
     kernel_DV = model.apply(variables, method="text_head_kernel")
@@ -164,7 +170,7 @@ def target_losses(model: AudioLM, params: Any, rows: LMRows, loss: LMLossConfig)
     channels, hits = [], []
     for r, delay in enumerate(model.config.delays):
         y_NGP = y_NTP[:, delay : delay + model.config.group_size]
-        ce_N, hits_N = _channel_cross_entropy(model, params, y_NGP, patches_NGR[..., r], r)
+        ce_N, hits_N = _channel_cross_entropy(model, variables, y_NGP, patches_NGR[..., r], r)
         channels.append(ce_N.reshape(B, C))
         hits.append(hits_N.reshape(B, C))
     return LMTargetLosses(
@@ -249,19 +255,19 @@ def _chunked_cross_entropy(h_BLD, kernel_DV, targets_BL, chunk: int, axis: str |
     return ce, correct
 
 
-def _channel_cross_entropy(model: AudioLM, params: Any, y_NGP, codes_NG, channel: int):
+def _channel_cross_entropy(model: AudioLM, variables: Any, y_NGP, codes_NG, channel: int):
     """Sum over frames of the cross-entropy of one channel [N], and the number of right guesses [N]."""
 
     # One channel's logits at a time: they are recomputed in the backward pass.
     @jax.checkpoint
-    def one(params: Any, y_NGP: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply({"params": params}, y_NGP, channel, method="channel_logits")
+    def one(variables: Any, y_NGP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply(variables, y_NGP, channel, method="channel_logits")
         top = jax.lax.stop_gradient(logits).max(-1)
         total = jnp.exp(logits - top[..., None]).sum(-1)
         target = jnp.where(jnp.arange(logits.shape[-1]) == codes_NG[..., None], logits, 0).sum(-1)
         return (jnp.log(total) + top - target).sum(-1), (target >= top).sum(-1, dtype=jnp.int32)
 
-    return one(params, y_NGP)
+    return one(variables, y_NGP)
 
 
 def _sum(model: AudioLM, rows: LMRows, t: LMTargetLosses) -> LMLossSums:

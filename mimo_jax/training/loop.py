@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,51 +20,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mimo_jax.atomic import atomic_write
 from mimo_jax.config import ConfigError, JobConfig, RunConfig
 from mimo_jax.config_files import to_json
+from mimo_jax.data.loader import RowLoader
 from mimo_jax.sharding import BATCH_AXES
 from mimo_jax.training import metrics as metrics_lib
 from mimo_jax.training.checkpoint import CheckpointStore, check_same_run, read_meta
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.state import TrainState, Tree
 
-CONFIG_FILE = "config.json"
-PARAMETERS_FILE = "parameters.txt"
-LOCK_FILE = ".lock"
-
 
 class TrainingError(RuntimeError):
     """The run cannot go on, for example because too many steps in a row were not finite."""
 
 
-class Loader(Protocol):
-    """Endless source of this process's part of each global batch; its position is a few integers."""
-
-    def __next__(self) -> Any: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: dict[str, Any]) -> None: ...
-
-    @property
-    def fingerprint(self) -> dict[str, Any]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How a job's metrics are read and shown.
+    """How a job's metrics are read and shown."""
 
-    Attributes:
-        describe: makes metrics, such as means, of the job's sums; `loss` is among them, NaN where nothing was counted.
-        losses: label -> name of the metric that the console shows under it.
-        unit: label of the throughput.
-        counter: name of the counter that the throughput counts.
-        flops: model FLOPs (forward and backward) of the work that the given counters count.
-    """
-
+    # Makes metrics, such as means, of the job's sums; `loss` is among them, NaN where nothing was counted.
     describe: Callable[[Any], Mapping[str, Any]]
-    losses: Mapping[str, str]
-    unit: str
-    counter: str
-    flops: Callable[[Mapping[str, float]], float]
+    losses: Mapping[str, str]  # label on the console -> name of the metric
+    unit: str  # label of the throughput
+    counter: str  # name of the counter that the throughput counts
+    flops: Callable[[Mapping[str, float]], float]  # model FLOPs, forward and backward, of what the counters counted
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -72,23 +50,27 @@ class View:
 
 @contextlib.contextmanager
 def working_directory(workdir: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes sure that this run, and no other, can write to `workdir`, and keeps it so until the end of the block.
-
-    Raises:
-        OSError: the folder cannot be made or written; names it and says why.
-        TrainingError: another process is training there.
-    """
+    """Makes sure that this run, and no other, can write to `workdir`, and keeps it so until the end of the block."""
+    if "://" in str(workdir):
+        raise OSError(errno.EINVAL, "working directory: expected a path of a file system that is mounted", str(workdir))
     folder = Path(workdir).absolute()
     if jax.process_index() != 0:
         yield folder
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
+        lock = (folder / ".lock").open("w")
     except OSError as error:
         raise type(error)(error.errno, f"working directory is not writable ({error.strerror})", str(folder)) from error
     with lock:
-        _lock(lock, folder)
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back when the process ends, however
+        except BlockingIOError:
+            raise TrainingError(f"{folder}: another process is training in this working directory") from None
+        except (ImportError, OSError):  # a file system without locks
+            pass
         yield folder
 
 
@@ -97,20 +79,9 @@ def describe_run(folder: Path, config: JobConfig, params: Tree) -> None:
     if jax.process_index() == 0:
         from clu import parameter_overview
 
-        atomic_write(folder / CONFIG_FILE, (to_json(config) + "\n").encode())
+        atomic_write(folder / "config.json", (to_json(config) + "\n").encode())
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
-        atomic_write(folder / PARAMETERS_FILE, (table + "\n").encode())
-
-
-def _lock(file: Any, folder: Path) -> None:
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back when the process ends, however
-    except BlockingIOError:
-        raise TrainingError(f"{folder}: another process is training in this working directory") from None
-    except (ImportError, OSError):
-        return  # a file system without locks
+        atomic_write(folder / "parameters.txt", (table + "\n").encode())
 
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
@@ -138,13 +109,8 @@ def to_devices(rows: Any, sharding: NamedSharding) -> Any:
 
 
 def state_shardings(abstract: TrainState, params: Tree, mesh: Mesh) -> TrainState:
-    """Shardings of a training state: moments lie like their parameters, counters and codebooks are replicated.
-
-    Args:
-        abstract: shapes of the state; the path of a moment ends with the path of its parameter.
-        params: shardings of the parameters.
-        mesh: mesh for the rest.
-    """
+    """Shardings of a training state: moments lie like their parameters, counters and codebooks are replicated."""
+    # The path of a moment ends with the path of its parameter.
     placed = dict(jax.tree_util.tree_leaves_with_path(params))
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -160,13 +126,9 @@ def with_shardings(abstract: Tree, shardings: Tree) -> Tree:
 
 
 def resume(
-    store: CheckpointStore,
-    abstract: TrainState,
-    shardings: TrainState,
-    config: JobConfig,
-    loader: Loader,
+    store: CheckpointStore, abstract: TrainState, shardings: TrainState, config: JobConfig, loader: RowLoader
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Goes back to the newest intact checkpoint of this run: state and data position.
+    """Goes back to the newest intact checkpoint of this run, in state and data position.
 
     Returns:
         The state on its devices and the saved meta; None where there is no checkpoint yet.
@@ -190,13 +152,10 @@ def resume(
 
 
 def accumulate(step: Callable[[Any], Tree], rows: Any, count: int) -> Tree:
-    """Adds up what `step` returns over micro-batches.
+    """Adds up what `step` returns for `count` micro-batches of `rows`: loss, gradients and sums.
 
-    Args:
-        step: rows of a micro-batch -> tree of loss, gradients and sums, already divided by the totals of the whole
-            batch: so every target weighs the same, whichever micro-batch it is in.
-        rows: tree of arrays with B rows.
-        count: number of micro-batches; divides B.
+    They have to be divided by the totals of the whole batch already: so every target weighs the same, whichever
+    micro-batch it is in.
     """
     if count == 1:
         return step(rows)
@@ -226,18 +185,15 @@ def evaluate(
     describe: Callable[[Any], Mapping[str, Any]],
     max_batches: int,
 ) -> dict[str, float]:
-    """Metrics of the validation rows, weighted by targets.
+    """Metrics of the validation rows, weighted by targets; nothing is fetched before the last batch.
 
     Args:
-        eval_step: jitted; nothing is fetched before the last batch.
+        eval_step: jitted.
         state: only parameters and codebooks are read.
         batches: host-local rows in a fixed order.
         put: moves rows to the devices.
         describe: makes metrics of the sums over all batches.
-        max_batches: batches to use; 0 is all of them.
-
-    Raises:
-        TrainingError: there was no batch.
+        max_batches: 0 is all of them.
     """
     metrics: list[StepMetrics] = []
     for rows in batches:
@@ -292,8 +248,6 @@ class StopSignal:
 
             if multihost_utils.reached_preemption_sync_point(step):
                 self.signal = signal.SIGTERM
-                return True
-            return False
         return self.signal is not None
 
 
@@ -322,11 +276,7 @@ class Reporter:
             self._mark += time.perf_counter() - begin
 
     def report(self, interval: list[tuple[int, StepMetrics]]) -> None:
-        """Fetches the metrics of these steps, which waits until the device has done them, and writes them.
-
-        Raises:
-            TrainingError: too many skipped steps in a row.
-        """
+        """Fetches the metrics of these steps, which waits until the device has done them, and writes them."""
         summary = metrics_lib.summarize([step for step, _ in interval], [m for _, m in interval])
         last = interval[-1][0]
         now = time.perf_counter()
@@ -334,11 +284,10 @@ class Reporter:
         seconds = max(now - self._mark, 1e-9)
         timed = len(interval) - self._untimed
         self._seconds, self._steps = self._seconds + seconds * (timed > 0), self._steps + timed
-        for name, value in summary.counters.items():
+        for name, value in (summary.counters | {"skipped_steps": len(summary.skipped)}).items():
             self.counters[name] = self.counters.get(name, 0.0) + value
         for step, scalars in summary.skipped:
             self._writer.write(step, "skipped", scalars)
-        self.counters["skipped_steps"] = self.counters.get("skipped_steps", 0.0) + len(summary.skipped)
 
         values = {"loss": math.nan} | summary.scalars
         if summary.sums is not None:
@@ -391,7 +340,7 @@ def _shown(view: View, values: Mapping[str, float]) -> list[str]:
 def train_loop(
     state: TrainState,
     train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
-    loader: Loader,
+    loader: RowLoader,
     validate: Callable[[TrainState], dict[str, float]],
     *,
     run: RunConfig,
@@ -414,11 +363,7 @@ def train_loop(
         train_step: jitted step with donated state.
         loader: positioned at the batch of step `state.step`.
         validate: metrics of the validation set; run before the first step, every `run.eval_every` steps and at the end.
-        run: length and rhythm.
-        view: what the console shows.
         put: moves host-local rows to the devices.
-        store: checkpoints of the run.
-        writer: metrics of the run.
         make_meta: (step, counters) -> JSON to save with a checkpoint.
         counters: totals at `state.step`.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -12,11 +11,7 @@ import jax.numpy as jnp
 Tree = Any  # nested dictionaries of arrays
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "skipped", "bad_in_row", "params", "codebook", "optimizer"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes; a checkpoint of it and of the data position continues a run exactly.
@@ -41,14 +36,8 @@ class TrainState:
     @classmethod
     def start(cls, params: Tree, optimizer: Tree, codebook: Tree | None = None) -> TrainState:
         """The state before the first step."""
-        return cls(
-            step=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            bad_in_row=jnp.zeros((), jnp.int32),
-            params=params,
-            codebook={} if codebook is None else codebook,
-            optimizer=optimizer,
-        )
+        step, skipped, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return cls(step, skipped, bad_in_row, params, {} if codebook is None else codebook, optimizer)
 
     def variables(self) -> dict[str, Tree]:
         """What inference needs: `params` and `codebook`."""
@@ -56,12 +45,7 @@ class TrainState:
 
     def progress(self) -> dict[str, Tree]:
         """What only going on with training needs: the optimiser's state and the counters."""
-        return {
-            "step": self.step,
-            "skipped": self.skipped,
-            "bad_in_row": self.bad_in_row,
-            "optimizer": self.optimizer,
-        }
+        return {name: getattr(self, name) for name in ("step", "skipped", "bad_in_row", "optimizer")}
 
     @classmethod
     def join(cls, variables: dict[str, Tree], progress: dict[str, Tree]) -> TrainState:

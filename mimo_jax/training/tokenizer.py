@@ -7,6 +7,7 @@ Encoder, quantiser, decoder, vocoder and a text decoder learn together: 10 audio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from mimo_jax.models.tokenizer import rvq
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
 from mimo_jax.models.tokenizer.text_decoder import TextDecoder
 from mimo_jax.rows import TokenizerRows
-from mimo_jax.sharding import batch_sharding, make_mesh, shardings
+from mimo_jax.sharding import batch_sharding, make_mesh, shardings, unboxed
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training import loop, tokenizer_loss
 from mimo_jax.training.checkpoint import CheckpointStore, make_meta
@@ -70,11 +71,10 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
     text_decoder = TextDecoder(cfg.a2t, cfg.model.encoder.d_model, cfg.compute)
     optimizer = make_optimizer(cfg.optimizer, dict.fromkeys(GROUPS, cfg.learning_rate), run.steps)
 
-    def init(key: jax.Array) -> dict[str, Any]:
-        return tokenizer_loss.init_variables(cfg.model, cfg.a2t, cfg.compute, key)
+    init = functools.partial(tokenizer_loss.init_variables, cfg.model, cfg.a2t, cfg.compute)
 
     def start(key: jax.Array) -> TrainState:
-        variables = _unboxed(init(key))
+        variables = unboxed(init(key))
         return TrainState.start(variables["params"], optimizer.init(variables["params"]), variables["codebook"])
 
     # Shard
@@ -82,8 +82,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
     placed = loop.state_shardings(abstract, shardings(jax.eval_shape(init, init_key), mesh)["params"], mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def put(rows: TokenizerRows) -> TokenizerRows:
-        return loop.to_devices(rows, batch_sharding(mesh))
+    put = functools.partial(loop.to_devices, sharding=batch_sharding(mesh))
 
     # Update step
     train_step = jax.jit(
@@ -95,9 +94,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         _, (sums, _) = tokenizer_loss.tokenizer_loss(model, text_decoder, state.params, state.codebook, rows, cfg.loss)
         return jax.lax.with_sharding_constraint(StepMetrics.make({"loss": sums}), replicated)
 
-    @jax.jit
-    def describe(sums: dict[str, Any]) -> dict[str, jax.Array]:
-        return make_metrics(cfg, sums)
+    describe = jax.jit(functools.partial(make_metrics, cfg))
 
     def validate(state: TrainState) -> dict[str, float]:
         return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches)
@@ -157,22 +154,13 @@ def _keys(seed: int) -> jax.Array:
     return jax.random.split(jax.random.key(seed), 3)
 
 
-def _unboxed(variables: dict[str, Any]) -> dict[str, Any]:
-    """Takes arrays out of the boxes that hold the logical names of their axes."""
-
-    def boxed(x: Any) -> bool:
-        return hasattr(x, "names")
-
-    return jax.tree.map(lambda x: x.value if boxed(x) else x, variables, is_leaf=boxed)
-
-
 def starting_tokenizer(cfg: TokenizerTrainConfig) -> dict[str, Any]:
     """Variables of the audio tokenizer before the first step of a run: random weights, codebooks from k-means.
 
     For evaluation, which compares a trained tokenizer with them; the run itself makes them on its mesh.
     """
     init_key, kmeans_key, _ = _keys(cfg.run.seed)
-    init = jax.jit(lambda key: _unboxed(tokenizer_loss.init_variables(cfg.model, cfg.a2t, cfg.compute, key)))
+    init = jax.jit(lambda key: unboxed(tokenizer_loss.init_variables(cfg.model, cfg.a2t, cfg.compute, key)))
     variables = init(init_key)
     loader = tokenizer_loader(cfg, "train")
     try:
@@ -200,14 +188,7 @@ def kmeans_start(
 
 
 def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decoder: TextDecoder, optimizer: Any) -> Any:
-    """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated.
-
-    Args:
-        cfg: settings.
-        model: the audio tokenizer of `cfg`.
-        text_decoder: the A2T decoder of `cfg`.
-        optimizer: from `make_optimizer`.
-    """
+    """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated."""
     factor = schedule(cfg.optimizer, cfg.run.steps)
     threshold = cfg.model.rvq.dead_code_threshold
 
@@ -219,14 +200,9 @@ def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decod
 
         (value, (sums, codebook)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates_made = state.step - state.skipped
+        bad = cfg.run.max_bad_steps
         state, scalars = apply_gradients(
-            state,
-            gradients,
-            value,
-            optimizer,
-            cfg.optimizer,
-            max_bad_steps=cfg.run.max_bad_steps,
-            codebook=codebook,
+            state, gradients, value, optimizer, cfg.optimizer, max_bad_steps=bad, codebook=codebook
         )
         scalars["learning_rate"] = cfg.learning_rate * factor(updates_made)
         # A code that was just replaced has this count to the last bit, others only by an unlikely chance.
@@ -241,7 +217,7 @@ def make_metrics(cfg: TokenizerTrainConfig, sums: dict[str, Any]) -> dict[str, j
     """Loss terms, and of each level share of used codes, perplexity, quantisation error, codes revived in a step."""
     losses = sums["loss"]
     out = dict(tokenizer_loss.loss_terms(losses, cfg.loss))
-    usage_R, perplexity_R = tokenizer_loss.level_statistics(losses)
+    usage_R, perplexity_R = rvq.usage_and_perplexity(losses.code_counts)
     error_R = losses.commitment_R / jnp.maximum(losses.vectors_R, 1)
     for r in range(cfg.model.rvq.num_levels):
         name = rvq.level_name(r).replace("_", "/")

@@ -1,9 +1,9 @@
 """Loss of the audio tokenizer's first stage: 10 A2T + 1 reconstruction + 1 commitment (report section 2.1).
 
-B rows, S samples, T mel frames (100 Hz), M RVQ frames, U text tokens, V text vocabulary, R levels, I the three scales
-of the reconstruction loss, W frames of one scale. Everything is gathered as sums over the batch (`TokenizerLossSums`),
-and means are taken at the end: so a packed row, a padded one and a batch split over devices give one value, and sums of
-several batches give the loss of all of them.
+B rows, S samples, T mel frames (100 Hz), M RVQ frames, U text tokens, D width of the text decoder, R levels, I the
+three scales of the reconstruction loss, W frames of one scale. Everything is gathered as sums over the batch
+(`TokenizerLossSums`), and means are taken at the end: so a packed row, a padded one and a batch split over devices give
+one value, and sums of several batches give the loss of all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
 from mimo_jax.models.tokenizer.segments import same_segment, shift
 from mimo_jax.models.tokenizer.text_decoder import TextDecoder
 from mimo_jax.rows import TokenizerRows
+from mimo_jax.training.lm_loss import cross_entropy
 
 
 class TokenizerLossSums(NamedTuple):
@@ -51,11 +52,6 @@ def loss_terms(sums: TokenizerLossSums, loss: TokenizerLossConfig) -> dict[str, 
     return terms | {"a2t_accuracy": sums.a2t_correct / weight} | scales
 
 
-def level_statistics(sums: TokenizerLossSums) -> tuple[jax.Array, jax.Array]:
-    """Share of the entries in use and perplexity of each level: two arrays [R] (see `rvq.usage_and_perplexity`)."""
-    return rvq.usage_and_perplexity(sums.code_counts)
-
-
 def tokenizer_loss(
     model: AudioTokenizer,
     text_decoder: TextDecoder,
@@ -65,26 +61,21 @@ def tokenizer_loss(
     loss: TokenizerLossConfig,
     rng: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[TokenizerLossSums, rvq.Codebook]]:
-    """Loss of a batch of packed rows.
+    """Loss of a batch of packed rows, and (sums, codebook after the step).
 
     Args:
         model: the audio tokenizer.
         text_decoder: the decoder of the A2T objective; not run when the rows have no room for text (U = 0).
         params: {"audio_tokenizer": ..., "text_decoder": ...}.
         codebook: state before the step.
-        rows: packed clips.
-        loss: weights and reductions.
         rng: random key of the step, for quantiser dropout and dead codes. None evaluates: all levels are used, and the
             codebook stays.
-
-    Returns:
-        The loss, and (sums, codebook after the step).
     """
     variables = {"params": params["audio_tokenizer"], "codebook": codebook}
     out = model.apply(variables, rows, rng is not None, rng)
     a2t = dict.fromkeys(("a2t", "a2t_weight", "a2t_correct", "a2t_clips"), jnp.zeros((), out.squared_error_R.dtype))
     if rows.text_BU.shape[1] > 0:
-        logits_BUV = text_decoder.apply(
+        h_BUD = text_decoder.apply(
             {"params": params["text_decoder"]},
             out.quantized_BMD,
             out.segment_ids_BM,
@@ -92,7 +83,8 @@ def tokenizer_loss(
             rows.text_segment_ids_BU,
             rows.text_positions_BU,
         )
-        a2t = _a2t_sums(logits_BUV, rows)
+        head = params["text_decoder"]["head"]
+        a2t = _a2t_sums(*cross_entropy(h_BUD, head, rows.text_targets_BU, loss.vocab_chunk), rows)
     mel_I, mel_frames_I = mel_distance(out.wav_BS, rows, model.config, loss)
     sums = TokenizerLossSums(
         **a2t,
@@ -105,11 +97,8 @@ def tokenizer_loss(
     return loss_terms(sums, loss)["loss"], (sums, out.codebook)
 
 
-def _a2t_sums(logits_BUV: jax.Array, rows: TokenizerRows) -> dict[str, jax.Array]:
-    weights_BU = jnp.where(rows.text_segment_ids_BU > 0, rows.text_weights_BU, 0).astype(logits_BUV.dtype)
-    chosen_BU = jnp.take_along_axis(logits_BUV, rows.text_targets_BU[..., None], axis=-1)[..., 0]
-    cross_entropy_BU = jax.nn.logsumexp(logits_BUV, axis=-1) - chosen_BU
-    correct_BU = jnp.argmax(logits_BUV, axis=-1) == rows.text_targets_BU
+def _a2t_sums(cross_entropy_BU: jax.Array, correct_BU: jax.Array, rows: TokenizerRows) -> dict[str, jax.Array]:
+    weights_BU = jnp.where(rows.text_segment_ids_BU > 0, rows.text_weights_BU, 0).astype(cross_entropy_BU.dtype)
     # A clip's text counts once, at its first token.
     first_BU = (rows.text_segment_ids_BU > 0) & ~same_segment(rows.text_segment_ids_BU, 1) & (weights_BU > 0)
     return {
@@ -125,12 +114,8 @@ def mel_distance(
 ) -> tuple[jax.Array, jax.Array]:
     """L1 distances of the mel spectrograms of reconstruction and truth, over frames that lie inside one clip.
 
-    Args:
-        wav_BS: reconstruction; sample 0 of a slot is sample 0 of its clip.
-        rows: packed clips. The last T_i-th mel frame of a clip may be only partly filled by it, so its first
-            hop * (T_i - 1) samples count.
-        config: the audio tokenizer.
-        loss: `mel_scale` and `mel_reduction` are used.
+    In the reconstruction, sample 0 of a slot is sample 0 of its clip. The last mel frame of a clip may be only partly
+    filled by it, so its first hop * (T_i - 1) samples count.
 
     Returns:
         Distances summed over frames [I], and numbers of frames [I].

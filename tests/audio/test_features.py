@@ -1,7 +1,5 @@
 """Framing, STFT and log-mel features."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,22 +24,11 @@ def _framed(wav, size, hop, count):
     return np.stack([padded[..., hop * t : hop * t + size] for t in range(count)], axis=-2)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_log_mel_equals_the_released_code(parity_dir, case):
-    config = CASES[case]
-    folder = parity_dir / "tokenizer" / case
-    wav = np.load(folder / "single_inputs.npz")["wav"]
-    expected = np.load(folder / "single_expected.npz")
-    manifest = json.loads((parity_dir / "manifest.json").read_text())[f"tokenizer/{case}/single_expected.npz"]
-    half = config.n_fft // 2
-    slot = np.pad(wav, half, mode="reflect")
-    got = {
-        "mel_filterbank": features.mel_filterbank(config),
-        "mel_magnitude": features.frame_mel(slot, config, count=len(wav) // config.hop_length + 1),
-        "log_mel": features.log_mel(wav, config),
-    }
-    for name, value in got.items():
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=manifest[name]["suggested_atol"], err_msg=name)
+def _centred_log_mel(wav, config):
+    """Log-mel spectrogram of a clip on its own: both ends reflected, as in the slot of a packed row."""
+    padded = np.pad(wav, config.n_fft // 2, mode="reflect")
+    mel = features.frame_mel(padded, config, count=len(wav) // config.hop_length + 1)
+    return np.log(np.maximum(mel, config.floor))
 
 
 @pytest.mark.parametrize(("size", "hop"), [(64, 16), (64, 20), (16, 16), (10, 16)])
@@ -65,16 +52,7 @@ def test_padded_slot_gives_the_same_mel_as_the_clip_alone():
     slot = np.pad(clip, SMALL.n_fft // 2, mode="reflect")
     row = np.concatenate([np.zeros(100, np.float32), slot, _noise(200)])[None]
     mel = features.frame_log_mel(row, SMALL)[0, 5 : 5 + count]
-    np.testing.assert_allclose(mel, features.log_mel(clip, SMALL), atol=1e-5)
-
-
-def test_log_mel_counts_frames_and_survives_clips_shorter_than_a_window():
-    assert features.log_mel(_noise(3, 400), SMALL).shape == (3, 21, 8)
-    for samples in (1, 2, 31):
-        mel = features.log_mel(_noise(samples), SMALL)
-        assert mel.shape == (samples // 20 + 1, 8) and bool(jnp.isfinite(mel).all())
-    with pytest.raises(ValueError, match="empty clip"):
-        features.log_mel(_noise(0), SMALL)
+    np.testing.assert_allclose(mel, _centred_log_mel(clip, SMALL), atol=1e-5)
 
 
 def test_silence_is_the_floor_and_its_gradient_is_finite():

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from mimo_jax.audio.files import AudioError, load_audio, save_wav
-from mimo_jax.corpora import sentences, synthetic
-from mimo_jax.corpora.synthetic import build_corpus, caption, instruction
+from mimo_jax.corpora import synthetic
+from mimo_jax.corpora.synthetic import build_corpus, caption, instruction, shipped_lines
 from mimo_jax.data.manifest import Manifest
 
 pytest.importorskip("espeakng_loader")
 
+SENTENCES = shipped_lines("sentences.txt")
+
 
 def test_sentences_are_natural_in_number_and_length_and_never_repeat():
-    spoken, texts = sentences.sentences(), sentences.texts()
+    spoken, texts = SENTENCES, shipped_lines("texts.txt")
     assert len(spoken) >= 450 and len(texts) >= 150
     assert all(8 <= len(s.split()) <= 16 and s[0].isupper() and s[-1] in ".?" for s in spoken)
     assert all(2 <= t.count(".") + t.count("?") <= 5 for t in texts)
@@ -35,7 +37,7 @@ def test_captions_and_instructions_say_the_style_and_nothing_else():
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    summary = build_corpus(folder, sentences=sentences.sentences()[:20], minutes=1.3, validation_sentences=5)
+    summary = build_corpus(folder, sentences=SENTENCES[:20], minutes=1.3, validation_sentences=5)
     return summary
 
 
@@ -43,7 +45,7 @@ def test_held_out_sentences_occur_nowhere_in_training(corpus):
     train = " ".join(e.text for e in Manifest(corpus.train))
     documents = (corpus.folder / "train.txt").read_text()
     held_out = (corpus.folder / "validation.txt").read_text().splitlines()
-    spoken = [s for e in Manifest(corpus.validation) for s in sentences.sentences() if s in e.text]
+    spoken = [s for e in Manifest(corpus.validation) for s in SENTENCES if s in e.text]
     assert len(spoken) == 5
     assert set(spoken) < set(held_out)
     for sentence in held_out:
@@ -77,7 +79,7 @@ def test_clips_are_24_khz_equally_loud_and_timed(corpus):
 
 
 def test_same_arguments_give_the_same_files(corpus, tmp_path):
-    again = build_corpus(tmp_path, sentences=sentences.sentences()[:20], minutes=1.3, validation_sentences=5)
+    again = build_corpus(tmp_path, sentences=SENTENCES[:20], minutes=1.3, validation_sentences=5)
     for path in corpus.folder.rglob("*"):
         if path.is_file():
             assert (tmp_path / path.relative_to(corpus.folder)).read_bytes() == path.read_bytes(), path.name

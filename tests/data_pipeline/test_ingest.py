@@ -30,7 +30,7 @@ from mimo_jax.data.ingest import ingest_audio
 from mimo_jax.data.records import DataError
 {before}
 try:
-    ingest_audio({manifest!r}, HashCodec(delay={delay}), {out!r}, records_per_shard=4, batch_seconds=0.5)
+    ingest_audio({manifest!r}, HashCodec(delay={delay}), {out!r}, records_per_shard=4)
 except DataError as error:
     print("error:", error, file=sys.stderr)
     sys.exit(2)
@@ -330,6 +330,9 @@ def test_text_that_is_not_utf8_is_counted_and_wrong_jsonl_is_named(tmp_path: Pat
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"texts": "y"}\n')
     with pytest.raises(ManifestError, match=r"b\.jsonl:2: text: expected"):
         ingest_text([tmp_path / "b.jsonl"], tmp_path / "other", progress=False)
+    (tmp_path / "d.jsonl").write_text('{"text": "\\ud800"}\n')
+    with pytest.raises(ManifestError, match=r"d\.jsonl:1: text: expected a string without lone surrogates"):
+        ingest_text([tmp_path / "d.jsonl"], tmp_path / "other", progress=False)
     (tmp_path / "c.txt").write_text("\n\n")
     with pytest.raises(DataError, match="at least one document"):
         ingest_text([tmp_path / "c.txt"], tmp_path / "other", progress=False)

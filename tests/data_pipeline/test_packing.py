@@ -70,7 +70,8 @@ def test_mixing_follows_the_weights_in_positions() -> None:
     for number in range(60):
         block = plan.block(number)
         for s in range(2):
-            positions[s] += block.lengths[block.columns[:, 0] == s, 0].sum()
+            here = block.columns[:, 0] == s
+            positions[s] += plan.sources[s].documents(block.columns[here, 1], block.keys[here]).lengths[:, 0].sum()
     np.testing.assert_allclose(positions / positions.sum(), [0.75, 0.25], atol=0.02)
 
 

@@ -1,106 +1,31 @@
-"""Audio language model: equal to the reference implementation, cached = whole, stepwise = teacher-forced."""
+"""Audio language model: cached = whole, stepwise = teacher-forced."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import lm_cases, lm_parity
+from models import lm_cases
 
 from mimo_jax.config import ComputeConfig
+from mimo_jax.interop.published import load_lm
 from mimo_jax.models.audio_lm import AudioLM, active_channels, init_params, unroll_params, unrolled
-from mimo_jax.models.transformer import KVCache, Transformer
+from mimo_jax.models.transformer import KVCache
 
-NAMES = ("text_only", "text_audio_text", "streaming", "streaming_long_text", "two_audio_nosep")
-
-
-class Case:
-    """One reference model with its goldens; `close` compares against the manifest's tolerance."""
-
-    def __init__(self, parity_dir: Path, case: str) -> None:
-        folder = parity_dir / "lm" / case
-        self.config, self.params = lm_parity.load_model(folder / "model")
-        self.expected = np.load(folder / "expected.npz")
-        self.tolerances = json.loads((parity_dir / "manifest.json").read_text())[f"lm/{case}/expected.npz"]
-        self.model = AudioLM(self.config, ComputeConfig())
-
-    def run(self, *args, method=None):
-        return _apply(self.model, self.params, *args, method=method)
-
-    def close(self, name: str, actual) -> None:
-        expected = self.expected[name]
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=self.tolerances[name]["suggested_atol"], err_msg=name)
-
-    def close_part(self, name: str, actual, part) -> None:
-        atol = self.tolerances[name]["suggested_atol"]
-        np.testing.assert_allclose(actual, self.expected[name][part], rtol=0, atol=atol, err_msg=name)
+PUBLISHED = Path(__file__).parents[1] / "data" / "parity" / "lm"
 
 
-@pytest.fixture(scope="module", params=["lm_a", "lm_b"])
-def case(request, parity_dir):
-    return Case(parity_dir, request.param)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_equals_the_reference_on_whole_inputs(case, name):
-    rows = lm_parity.rows_from_ids(case.expected[f"{name}/input_ids"], case.config)
-    x = case.run(rows.text_BL, rows.patches_BCGR, rows.patch_positions_BC, method="embed")
-    case.close(f"{name}/input_embeds", x[0])
-    if rows.patches_BCGR.shape[1]:
-        patches = case.run(rows.patches_BCGR[0], method="embed_patches")
-        at = rows.patch_positions_BC[0]
-        case.close_part(f"{name}/patch_embeds", patches, at)
-    body = Transformer(case.config.llm, ComputeConfig(), final_norm=False)
-    stack = {k: v for k, v in case.params["llm"]["transformer"].items() if k != "norm"}
-    layers = case.config.llm.num_layers
-    case.close(f"{name}/llm_layer_{layers:02d}", body.apply({"params": stack}, x)[0][0])
-    h = case.run(rows)
-    case.close(f"{name}/llm_final_norm", h[0])
-    case.close(f"{name}/text_logits", case.run(h, method="text_head")[0])
-    case.close(f"{name}/local_hidden", case.run(h[0], method="start_patch"))
-    if f"{name}/tf_codes" in case.expected:
-        codes = case.expected[f"{name}/tf_codes"].astype(np.int32)
-        logits = case.run(h[0][case.expected[f"{name}/tf_patch_positions"] - 1], codes, method="patch_logits")
-        for r, delay in enumerate(case.config.delays):
-            steps = np.s_[:, delay : delay + case.config.group_size]
-            case.close_part(f"{name}/tf_logits_ch{r}", logits[r], steps)
-
-
-def _decode_greedily(model, params, h_ND):
-    """Codes [N, G, R] of the best guesses, step by step."""
-    c = model.config
-    codes = np.zeros((len(h_ND), c.group_size, c.num_channels), np.int32)
-    cache = KVCache.zeros(c.patch_decoder, len(h_ND), c.num_steps, jnp.float32)
-    x = _apply(model, params, h_ND, method="start_patch")
-    for step in range(c.num_steps):
-        logits, cache = _apply(model, params, x, cache, method="patch_decoder_step")
-        active = np.asarray(active_channels(c, step))
-        chosen = np.stack([np.asarray(z[:, :-1]).argmax(-1) for z in logits], -1).astype(np.int32)
-        for r in np.flatnonzero(active):
-            codes[:, step - c.delays[r], r] = chosen[:, r]
-        x = _apply(model, params, chosen, active, method="embed_codes")
-    return codes
-
-
-def test_greedy_patches_equal_the_reference(case):
-    for name in NAMES:
-        rows = lm_parity.rows_from_ids(case.expected[f"{name}/input_ids"], case.config)
-        if f"{name}/greedy_local_tokens" in case.expected:
-            h = case.run(rows)[0][case.expected[f"{name}/greedy_local_positions"]]
-            codes = _decode_greedily(case.model, case.params, h)
-            np.testing.assert_array_equal(codes, case.expected[f"{name}/greedy_local_tokens"], err_msg=name)
-
-
-def test_converted_tree_is_the_tree_of_the_model(case):
-    fresh = jax.eval_shape(lambda: init_params(case.config, ComputeConfig(), jax.random.key(0)))["params"]
-    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, case.params)
-    assert sum(x.size for x in jax.tree.leaves(fresh)) == case.config.num_params()
+@pytest.mark.parametrize("folder", sorted(PUBLISHED.iterdir()), ids=lambda p: p.name)
+def test_converted_tree_is_the_tree_of_the_model(folder):
+    config, params = load_lm(folder / "model")
+    fresh = jax.eval_shape(lambda: init_params(config, ComputeConfig(), jax.random.key(0)))["params"]
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+    assert sum(x.size for x in jax.tree.leaves(fresh)) == config.num_params()
     assert set(fresh) == {"llm", "patch_encoder", "patch_decoder"}
 
 

@@ -1,6 +1,5 @@
 """SentencePiece and Hugging Face tokenizers: special tokens only by id, round trips, determinism."""
 
-import copy
 import json
 import random
 import re
@@ -134,17 +133,6 @@ def test_tokens_are_readable(tokenizer):
     assert "".join(map(tokenizer.token, tokenizer.encode("a\n b"))) == "a\n b"
     assert all(tokenizer.token(i) for i in tokenizer.encode("你")), "half a character still has a name"
     assert tokenizer.token(tokenizer.vocab_size) == f"<unused {tokenizer.vocab_size}>"
-
-
-def test_a_copy_for_a_worker_process_keeps_special_tokens_out_of_text(tokenizer):
-    twin = copy.copy(tokenizer)  # by the same protocol that carries an object to another process
-    assert twin is not tokenizer
-    assert twin.encode("x <|eot|>") == tokenizer.encode("x <|eot|>")
-    assert (twin.fingerprint, twin.special, twin.vocab_size) == (
-        tokenizer.fingerprint,
-        tokenizer.special,
-        tokenizer.vocab_size,
-    )
 
 
 def test_a_lone_surrogate_is_refused(tokenizer):

@@ -35,7 +35,9 @@ def text_run(config, tmp_path_factory):
 def joint_run(config, text_run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("joint")
     cut = MeshConfig(data=2, fsdp=2)  # the text run was on data=4
-    jobs.train(dataclasses.replace(config, init_from=str(text_run), mesh=cut), workdir)
+    held = dataclasses.replace(config.data.validation["held"], layouts=dataclasses.replace(jobs.ALL_LAYOUTS, text=0.0))
+    data = dataclasses.replace(config.data, validation={"held": held, "words": config.data.sources["words"]})
+    jobs.train(dataclasses.replace(config, init_from=str(text_run), mesh=cut, data=data), workdir)
     return workdir
 
 
@@ -86,6 +88,15 @@ def test_training_lowers_the_validation_loss_and_reports_channels_and_tasks(join
         assert train[f"learning_rate/{group}"] > 0
     assert train["total/positions"] == train["total/patches"] + train["total/text_tokens"]
     assert train["total/audio_hours"] == pytest.approx(train["total/patches"] * 4 / 25 / 3600, rel=1e-5)
+
+
+def test_forgetting_of_text_is_measured_from_where_the_text_model_ended(text_run, joint_run):
+    before, after = (
+        [line for line in metrics.read(run / "metrics.jsonl") if line["split"] == "validation"]
+        for run in (text_run, joint_run)
+    )
+    assert after[0]["task/text/word_ce"] == pytest.approx(before[-1]["task/text/word_ce"], rel=1e-5)
+    assert after[-1]["task/text/word_ce"] != after[0]["task/text/word_ce"]
 
 
 def test_loss_before_the_first_step_is_that_of_a_uniform_guess(joint_run):

@@ -137,6 +137,8 @@ def test_working_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="not writable.*file/run"):
         toy.train(tmp_path / "file" / "run", toy.make_config(2), toy.ToyLoader())
+    with pytest.raises(OSError, match="mounted.*gs://bucket/run"):
+        toy.train("gs://bucket/run", toy.make_config(2), toy.ToyLoader())
 
 
 def test_read_only_working_directory_is_named(tmp_path, monkeypatch):

@@ -97,6 +97,18 @@ def test_tensorboard_shows_each_step_once_after_resuming(tmp_path):
     assert [e.step for e in events.Scalars("train/loss")] == [10, 20, 25]
 
 
+def test_tensorboard_forgets_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_steps(tmp_path, [0, 10])
+    first = next((tmp_path / "tensorboard").iterdir())
+    first.rename(first.with_name("events.out.tfevents.1000000000.first"))
+    write_steps(tmp_path, [0])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [0]
+
+
 def test_clock():
     assert [metrics.clock(s) for s in (4.4, 59.6, 125, 3600 * 3 + 60 * 7 + 9)] == ["4s", "1m00s", "2m05s", "3h07m"]
 

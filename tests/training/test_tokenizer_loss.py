@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from models.tokenizer.tiny import (
     WIDTH,
     compute,
@@ -72,8 +73,9 @@ def _distance(a, b):
     return max(jax.tree.leaves(jax.tree.map(leaf, a, b)))
 
 
-def test_a_packed_row_has_the_loss_gradients_and_codebook_update_of_its_clips_alone():
-    config = tiny_config()
+@pytest.mark.parametrize("norm", ["sequence", pytest.param("frame", marks=pytest.mark.slow)])
+def test_a_packed_row_has_the_loss_gradients_and_codebook_update_of_its_clips_alone(norm):
+    config = dataclasses.replace(tiny_config(), decoder_norm=norm)
     packed64, alone64 = _run(config, "float64")
     assert _distance(packed64, alone64) < 1e-9
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(packed64))
@@ -117,7 +119,7 @@ def _margins(codebook, x, config):
     """Second-best minus best squared distance of every vector and level."""
     margins, residual = [], jnp.asarray(x)
     for i in range(config.rvq.num_levels):
-        entries = rvq.entries(codebook[rvq.level_name(i)], config.rvq.epsilon)
+        entries = rvq.entries(codebook[rvq.level_name(i)])
         distances = jnp.sort(rvq.squared_distances(residual, entries), axis=1)
         margins.append(distances[:, 1] - distances[:, 0])
         residual = residual - entries[rvq.nearest(residual, entries)]
@@ -233,15 +235,15 @@ def test_a_text_token_sees_its_own_clip_and_the_text_before_it_only():
     q = jnp.asarray(np.random.default_rng(0).normal(size=(*ids_BM.shape, WIDTH)), jnp.float32)
 
     @fast_jit
-    def logits(q, text):
+    def hidden(q, text):
         arrays = (ids_BM, text, rows.text_segment_ids_BU, rows.text_positions_BU)
         return decoder.apply({"params": params["text_decoder"]}, q, *arrays)
 
-    before = np.asarray(logits(q, rows.text_BU))[1]
-    other_clip = np.asarray(logits(jnp.where((ids_BM == 1)[..., None], q + 1, q), rows.text_BU))[1]
+    before = np.asarray(hidden(q, rows.text_BU))[1]
+    other_clip = np.asarray(hidden(jnp.where((ids_BM == 1)[..., None], q + 1, q), rows.text_BU))[1]
     changed = np.abs(other_clip - before).max(-1) > 1e-6
     np.testing.assert_array_equal(changed, np.asarray(rows.text_segment_ids_BU[1]) == 1)
-    later = np.asarray(logits(q, rows.text_BU.at[1, 6].set(5)))[1]
+    later = np.asarray(hidden(q, rows.text_BU.at[1, 6].set(5)))[1]
     changed = np.abs(later - before).max(-1) > 1e-6
     np.testing.assert_array_equal(np.flatnonzero(changed), [6, 7, 8])
 

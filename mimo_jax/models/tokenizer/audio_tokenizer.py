@@ -53,7 +53,7 @@ class AudioTokenizer(nn.Module):
         def level(size: int) -> rvq.Level:
             return rvq.random_level(size, c.encoder.d_model, c.rvq.epsilon, self.make_rng("params"), dtype)
 
-        # One variable for each level, so that the collection is {level_00: {code_sum, count}, level_01: ...}.
+        # One variable for each level, so that the collection is {level_00: {entries, code_sum, count}, level_01: ...}.
         self.levels = [
             self.variable("codebook", rvq.level_name(i), level, size) for i, size in enumerate(c.rvq.codebook_sizes)
         ]
@@ -62,29 +62,38 @@ class AudioTokenizer(nn.Module):
     def _codebook(self) -> rvq.Codebook:
         return {rvq.level_name(i): level.value for i, level in enumerate(self.levels)}
 
-    def encode_features(self, wav_BS: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode_features(
+        self, wav_BS: jax.Array, segment_ids_BT: jax.Array, extent_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Encodes rows up to the quantiser.
 
         Args:
             wav_BS: float, S = 960 M; clips in slots, reflect-padded.
             segment_ids_BT: int32 at 100 Hz.
+            extent_BT: int32, the frames of the released code's padded batch, to get its artefacts (see `reference`).
 
         Returns:
             z_BMD in the compute dtype, and segment_ids_BM int32 at 25 Hz.
         """
-        return self.encoder(frame_log_mel(wav_BS, self.config.mel), segment_ids_BT)
+        return self.encoder(frame_log_mel(wav_BS, self.config.mel), segment_ids_BT, extent_BT)
 
-    def encode(self, wav_BS: jax.Array, segment_ids_BT: jax.Array, num_levels: int | None = None) -> jax.Array:
+    def encode(
+        self,
+        wav_BS: jax.Array,
+        segment_ids_BT: jax.Array,
+        num_levels: int | None = None,
+        extent_BT: jax.Array | None = None,
+    ) -> jax.Array:
         """Codes int32 [B, M, R] of the first `num_levels` levels (all by default); 0 at padding."""
-        z_BMD, segment_ids_BM = self.encode_features(wav_BS, segment_ids_BT)
-        codes_NR = rvq.quantize(self._codebook, _flat(z_BMD), self.config.rvq.epsilon, num_levels)
+        z_BMD, segment_ids_BM = self.encode_features(wav_BS, segment_ids_BT, extent_BT)
+        codes_NR = rvq.quantize(self._codebook, _flat(z_BMD), num_levels)
         codes_BMR = codes_NR.reshape(*segment_ids_BM.shape, -1)
         return jnp.where((segment_ids_BM > 0)[..., None], codes_BMR, 0)
 
     def dequantize(self, codes_BMR: jax.Array) -> jax.Array:
         """Sum [B, M, D] of the entries that the codes of the first R levels name; float32 (float64 in float64)."""
         codes_NR = codes_BMR.reshape(-1, codes_BMR.shape[-1])
-        return rvq.dequantize(self._codebook, codes_NR, self.config.rvq.epsilon).reshape(*codes_BMR.shape[:2], -1)
+        return rvq.dequantize(self._codebook, codes_NR).reshape(*codes_BMR.shape[:2], -1)
 
     def decode(self, codes_BMR: jax.Array, segment_ids_BM: jax.Array) -> jax.Array:
         """Wave [B, S] of the codes of the first R levels, R being as many as are given; zero at padding.
@@ -93,9 +102,17 @@ class AudioTokenizer(nn.Module):
         """
         return self.decode_features(self.dequantize(codes_BMR), segment_ids_BM)
 
-    def decode_features(self, q_BMD: jax.Array, segment_ids_BM: jax.Array) -> jax.Array:
-        """Wave [B, S] of quantised vectors, float32 (float64 in float64); zero at padding."""
-        return self.vocoder(*self.decoder(q_BMD, segment_ids_BM))
+    def decode_features(
+        self, q_BMD: jax.Array, segment_ids_BM: jax.Array, extent_BM: jax.Array | None = None
+    ) -> jax.Array:
+        """Wave [B, S] of quantised vectors, float32 (float64 in float64); zero at padding (outside the extent).
+
+        `extent_BM`, int32, are the frames of the released code's padded batch, to get its artefacts (see `reference`).
+        """
+        mel_BTF, segment_ids_BT = self.decoder(q_BMD, segment_ids_BM, extent_BM)
+        if extent_BM is not None:
+            extent_BM = jnp.repeat(extent_BM, self.config.mel_frames_per_code, axis=1)
+        return self.vocoder(mel_BTF, segment_ids_BT, extent_BM)
 
     def __call__(self, rows: TokenizerRows, train: bool = False, rng: jax.Array | None = None) -> TokenizerOutput:
         """Encodes, quantises and decodes rows.

@@ -1,10 +1,10 @@
 """Residual vector quantiser, learned by exponential moving averages in sum form.
 
-N vectors, D width of a vector, K entries of a level, R levels. A level keeps the moving sum of the vectors that each
-entry was chosen for and their moving count; its codebook is sum / count (counts Laplace-smoothed). So an entry that is
-replaced by writing its sum and count stays replaced, which writing the codebook alone would not achieve: the next
-moving average would bring the old entry back. All arithmetic is float32 (float64 for float64 vectors), and the
-distances run at the highest matmul precision, since codes depend on it.
+N vectors, D width of a vector, K entries of a level, R levels. A level keeps its entries, the moving sum of the vectors
+that each entry was chosen for and their moving count. An update writes sum and count, and then the entries as sum /
+count (counts Laplace-smoothed). So an entry that is replaced by writing its sum and count stays replaced, which writing
+the entries alone would not achieve: the next moving average would bring the old one back. All arithmetic is float32
+(float64 for float64 vectors), and the distances run at the highest matmul precision, since codes depend on it.
 
 Source: report section 2.1 and the released code, except the sum form.
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mimo_jax.config import RVQConfig
 
-Level = dict[str, jax.Array]  # code_sum [K, D], count [K]
+Level = dict[str, jax.Array]  # entries [K, D], code_sum [K, D], count [K]
 Codebook = dict[str, Level]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -56,14 +56,21 @@ def smoothed_counts(count_K: jax.Array, epsilon: float) -> jax.Array:
     return (count_K + epsilon) / (total + count_K.shape[0] * epsilon) * total
 
 
-def entries(level: Level, epsilon: float) -> jax.Array:
-    """The codebook [K, D] of a level."""
-    return level["code_sum"] / smoothed_counts(level["count"], epsilon)[:, None]
+def entries(level: Level) -> jax.Array:
+    """The codebook [K, D] of a level, at least float32 (a published one may be stored in bfloat16)."""
+    return _at_least_float32(level["entries"])
+
+
+def level_from_sums(sums: Level, epsilon: float) -> Level:
+    """The state whose codebook follows from `code_sum` and `count`."""
+    entries_KD = sums["code_sum"] / smoothed_counts(sums["count"], epsilon)[:, None]
+    return {"entries": entries_KD, "code_sum": sums["code_sum"], "count": sums["count"]}
 
 
 def level_from_entries(entries_KD: jax.Array, count_K: jax.Array, epsilon: float) -> Level:
     """The state whose codebook is `entries_KD` at counts `count_K` (positive)."""
-    return {"code_sum": entries_KD * smoothed_counts(count_K, epsilon)[:, None], "count": count_K}
+    code_sum_KD = entries_KD * smoothed_counts(count_K, epsilon)[:, None]
+    return {"entries": entries_KD, "code_sum": code_sum_KD, "count": count_K}
 
 
 def random_level(size: int, width: int, epsilon: float, key: jax.Array, dtype: Any = jnp.float32) -> Level:
@@ -82,23 +89,23 @@ def nearest(x_ND: jax.Array, entries_KD: jax.Array) -> jax.Array:
     return jnp.argmin(squared_distances(x_ND, entries_KD), axis=1).astype(jnp.int32)
 
 
-def quantize(codebook: Codebook, x_ND: jax.Array, epsilon: float, num_levels: int | None = None) -> jax.Array:
+def quantize(codebook: Codebook, x_ND: jax.Array, num_levels: int | None = None) -> jax.Array:
     """Codes int32 [N, R] of the first `num_levels` levels (all by default)."""
     residual_ND = _at_least_float32(x_ND)
     codes = []
     for i in range(len(codebook) if num_levels is None else num_levels):
-        entries_KD = entries(codebook[level_name(i)], epsilon)
+        entries_KD = entries(codebook[level_name(i)])
         code_N = nearest(residual_ND, entries_KD)
         residual_ND = residual_ND - entries_KD[code_N]
         codes.append(code_N)
     return jnp.stack(codes, axis=1)
 
 
-def dequantize(codebook: Codebook, codes_NR: jax.Array, epsilon: float) -> jax.Array:
+def dequantize(codebook: Codebook, codes_NR: jax.Array) -> jax.Array:
     """Sum of the entries that the codes name, over the R >= 1 levels that they have: [N, D]."""
-    total_ND = entries(codebook[level_name(0)], epsilon)[codes_NR[:, 0]]
+    total_ND = entries(codebook[level_name(0)])[codes_NR[:, 0]]
     for i in range(1, codes_NR.shape[1]):
-        total_ND = total_ND + entries(codebook[level_name(i)], epsilon)[codes_NR[:, i]]
+        total_ND = total_ND + entries(codebook[level_name(i)])[codes_NR[:, i]]
     return total_ND
 
 
@@ -141,7 +148,7 @@ def train_quantize(
     codes, errors, reached, counts, updated = [], [], [], [], {}
     for i in range(config.num_levels):
         level = codebook[level_name(i)]
-        entries_KD = jax.lax.stop_gradient(entries(level, config.epsilon))
+        entries_KD = jax.lax.stop_gradient(entries(level))
         active_N = mask_N if levels_N is None else mask_N & (levels_N > i)
         active_N1 = active_N[:, None]
         input_ND = jax.lax.stop_gradient(residual_ND)
@@ -161,7 +168,9 @@ def train_quantize(
             sums_KD = jnp.matmul(chosen_NK.T, input_ND, precision=_HIGHEST)
             moved = moving_average(level, sums_KD, counts[-1], config.ema_decay)
             key_level = jax.random.fold_in(key, i)
-            moved = revive_dead_codes(moved, input_ND, active_N, config.dead_code_threshold, key_level)
+            if not config.reference_quirks:
+                moved = revive_dead_codes(moved, input_ND, active_N, config.dead_code_threshold, key_level)
+            moved = level_from_sums(moved, config.epsilon)
             # A level that no vector reached (dropout, an empty batch) keeps its state.
             kept = reached[-1] == 0
             updated[level_name(i)] = {name: jnp.where(kept, level[name], moved[name]) for name in level}
@@ -170,7 +179,7 @@ def train_quantize(
         # As published, the residual handed on is the straight-through value, so that later levels' commitment does
         # not reach the encoder.
         residual_ND = residual_ND - chosen_ND
-        if config.commitment == "first":
+        if config.commitment == "first" or config.reference_quirks:
             residual_ND = jax.lax.stop_gradient(residual_ND)
 
     return QuantizerOutput(
@@ -184,7 +193,7 @@ def train_quantize(
 
 
 def moving_average(level: Level, sums_KD: jax.Array, counts_K: jax.Array, decay: float) -> Level:
-    """Moves a level's sums and counts towards those of a batch."""
+    """A level's sums and counts, moved towards those of a batch; its entries are left out."""
     return {
         "code_sum": decay * level["code_sum"] + (1.0 - decay) * sums_KD,
         "count": decay * level["count"] + (1.0 - decay) * counts_K,
@@ -194,8 +203,9 @@ def moving_average(level: Level, sums_KD: jax.Array, counts_K: jax.Array, decay:
 def revive_dead_codes(level: Level, x_ND: jax.Array, mask_N: jax.Array, threshold: float, key: jax.Array) -> Level:
     """Replaces entries whose count is below `threshold` by vectors drawn from the batch without replacement.
 
-    A replaced entry gets count = threshold and sum = threshold * vector: as if it had long been chosen just often
-    enough to live. With fewer vectors than entries, vectors are used again. Nothing changes when `mask_N` is all False.
+    It does so in sums and counts. A replaced entry gets count = threshold and sum = threshold * vector: as if it had
+    long been chosen just often enough to live. With fewer vectors than entries, vectors are used again. Nothing changes
+    when `mask_N` is all False.
     """
     vectors_KD = _draw_vectors(x_ND, mask_N, level["count"].shape[0], key)
     dead_K = (level["count"] < threshold) & jnp.any(mask_N)
@@ -235,9 +245,15 @@ def _init_level(
 ) -> tuple[Level, jax.Array]:
     start_KD = _draw_vectors(x_ND, mask_N, size, key)
     means_KD, counts_K = kmeans(x_ND, mask_N, start_KD, config.kmeans_iterations)
+    return started_level(config, means_KD, counts_K), x_ND - means_KD[nearest(x_ND, means_KD)]
+
+
+def started_level(config: RVQConfig, means_KD: jax.Array, counts_K: jax.Array) -> Level:
+    """The first state of a level, from the result of `kmeans`."""
+    if config.reference_quirks:
+        return {"entries": means_KD, "code_sum": means_KD, "count": counts_K}
     # An empty cluster needs a positive weight to keep its centroid; the first step may then find it dead.
-    level = level_from_entries(means_KD, jnp.maximum(counts_K, 1.0), config.epsilon)
-    return level, x_ND - means_KD[nearest(x_ND, means_KD)]
+    return level_from_entries(means_KD, jnp.maximum(counts_K, 1.0), config.epsilon)
 
 
 def init_codebooks(config: RVQConfig, z_ND: jax.Array, mask_N: jax.Array, key: jax.Array) -> Codebook:

@@ -17,7 +17,7 @@ from mimo_jax.models.transformer import Linear, Transformer, initializer
 
 
 class TextDecoder(nn.Module):
-    """Reads the quantised frames and the text of the packed clips, and predicts the text."""
+    """Reads the quantised frames and the text of the packed clips. The text head is its parameter `head` [width, V]."""
 
     config: A2TConfig
     audio_width: int
@@ -32,7 +32,7 @@ class TextDecoder(nn.Module):
         text_segment_ids_BU: jax.Array,
         text_positions_BU: jax.Array,
     ) -> jax.Array:
-        """Predicts the next token at every text position.
+        """Hidden states that predict the next token at every text position.
 
         The row is all frames, then all text tokens; a token sees the frames of its own clip and the text before it.
 
@@ -44,24 +44,21 @@ class TextDecoder(nn.Module):
             text_positions_BU: int32.
 
         Returns:
-            Logits [B, U, V], float32 (float64 in float64).
+            [B, U, width] in the compute dtype. The logits [B, U, V] would be 200 GB in a published batch: the loss
+            makes them from `head` chunk by chunk.
         """
         width, vocab = self.config.transformer.d_model, self.config.vocab_size
-        dtype = jnp.dtype(self.compute.dtype)
+        param_dtype = jnp.dtype(self.compute.param_dtype)
         frames = Linear((self.audio_width,), (width,), (None,), ("embed",), False, self.compute, name="frames")
-        table = self.param(
-            "embedding",
-            nn.with_logical_partitioning(initializer(), ("vocab", "embed")),
-            (vocab, width),
-            jnp.dtype(self.compute.param_dtype),
-        )
+        rows = nn.with_logical_partitioning(initializer(), ("vocab", "embed"))
+        table = self.param("embedding", rows, (vocab, width), param_dtype)
+        self.param("head", nn.with_logical_partitioning(initializer(), ("embed", "vocab")), (width, vocab), param_dtype)
         # Looked up before it is rounded: the gradients of a row add up in the dtype of the table.
-        x = jnp.concatenate([frames(quantized_BMD), table[text_BU].astype(dtype)], axis=1)
+        text = table[text_BU].astype(jnp.dtype(self.compute.dtype))
+        x = jnp.concatenate([frames(quantized_BMD), text], axis=1)
         segment_ids = jnp.concatenate([segment_ids_BM, text_segment_ids_BU], axis=1)
         positions = jnp.concatenate([segment_positions(segment_ids_BM), text_positions_BU], axis=1)
         x, _ = Transformer(self.config.transformer, self.compute, name="transformer")(
             x, segment_ids_BL=segment_ids, positions_BL=positions
         )
-        head = Linear((width,), (vocab,), ("embed",), ("vocab",), False, self.compute, name="head")
-        logits = head(x[:, segment_ids_BM.shape[1] :])
-        return logits.astype(jnp.promote_types(dtype, jnp.float32))
+        return x[:, segment_ids_BM.shape[1] :]

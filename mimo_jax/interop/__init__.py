@@ -1,0 +1,1 @@
+"""The published checkpoints: safetensors files, the map of names, and models in memory."""

@@ -1,0 +1,1 @@
+"""Comparison with the reference implementation, array by array: `mimo-jax parity FOLDER`."""

@@ -1,0 +1,215 @@
+"""What a language-model job takes of the memory of each device: arithmetic, nothing is compiled.
+
+A device works on b = rows / accumulation / (data * fsdp) rows at a time. Per device:
+
+    parameters    every array, cut as `sharding.LOGICAL_RULES` say; the base of a LoRA run in its own dtype
+    optimiser     two moments of what is trained
+    gradients     one of what is trained, two where steps are accumulated
+    weights       copies to work with: two layers of the LLM in the compute dtype; the text head in that dtype and
+                  in float32, and the sum of its gradient if it is trained
+    activations   of every layer of LLM (b L positions), patch encoder (b C G) and patch decoder (b C T) what the remat
+                  policy keeps: its input (`full`), the products of matrices too (`dots`), or all it computes (`none`)
+    working set   the largest of: one layer of a stack computed anew, with its gradients; a chunk of text logits; the
+                  logits of one audio channel
+    batch         the rows, twice (the next ones are on their way)
+
+XLA may do better (fusion) or worse (fragments, buffers of collectives): a test holds the sum against what it reserves.
+B rows, L positions, C patches, G frames, T steps of the patch decoder, as in the models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from mimo_jax.config import ComputeConfig, ConfigError, LMTrainConfig, TransformerConfig
+from mimo_jax.models.attention import DENSE_SCORES
+from mimo_jax.models.audio_lm import abstract_params
+from mimo_jax.sharding import MESH_AXES, mesh_shape, shardings
+from mimo_jax.training import lora
+
+# Memory that a program can use of one device, in GiB (what the driver reports, less its own share).
+CHIPS: Mapping[str, float] = {
+    "a100": 79.1,
+    "h100": 79.1,
+    "h200": 139.8,
+    "b200": 178.0,
+    "v4": 31.2,
+    "v5e": 15.75,
+    "v5p": 95.7,
+    "v6e": 31.2,
+    "tpu7x": 94.7,
+}
+_GIB = 2**30
+_BLOCK_ROWS = 128  # queries of a block of chunked attention in long rows
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Attributes:
+        devices: kind and number.
+        mesh: sizes of the axes data, fsdp, tensor.
+        rows: rows that a device works on at a time.
+        parts: bytes by name.
+        available: bytes a program can use.
+        trained: parameters that are trained, in all.
+        parameters: all of them.
+        accumulation: smallest `run.accumulation` with which the job fits; 0 if there is none.
+    """
+
+    devices: str
+    mesh: tuple[int, ...]
+    rows: int
+    parts: Mapping[str, int]
+    available: int
+    trained: int
+    parameters: int
+    accumulation: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"total": self.total, "fits": self.fits}
+
+    def __str__(self) -> str:
+        mesh = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, self.mesh, strict=True))
+        lines = [
+            f"{self.devices}, mesh {mesh}, {self.rows} rows per device at a time; "
+            f"{self.trained:,} of {self.parameters:,} parameters trained"
+        ]
+        parts = {**self.parts, "in all": self.total, "of": self.available, "headroom": self.available - self.total}
+        lines += [f"  {name:<12} {size / _GIB:9.2f} GiB" for name, size in parts.items()]
+        if self.fits:
+            lines.append("fits")
+        elif self.accumulation:
+            lines.append(f"does not fit; with --config.run.accumulation={self.accumulation} it would")
+        else:
+            lines.append("does not fit with any run.accumulation: cut the model over more devices, or train less of it")
+        return "\n".join(lines)
+
+
+def plan_memory(cfg: LMTrainConfig, devices: str) -> MemoryPlan:
+    """The plan of a job.
+
+    Args:
+        cfg: the job.
+        devices: `KIND:NUMBER`, a kind of `CHIPS`.
+
+    Raises:
+        ConfigError: there is no such kind, or the job cannot be placed on so many devices.
+    """
+    kind, _, number = devices.partition(":")
+    if kind not in CHIPS or not number.isdecimal() or int(number) < 1:
+        raise ConfigError(f"devices: expected KIND:NUMBER with KIND one of {', '.join(CHIPS)}, got {devices!r}")
+    shape = mesh_shape(cfg.mesh, int(number))
+    available = int(CHIPS[kind] * _GIB)
+    fixed, trained, parameters = _arrays(cfg, shape)
+    data = shape[0] * shape[1]
+    if cfg.data.rows % (cfg.run.accumulation * data):
+        raise ConfigError(
+            f"data.rows: expected a multiple of run.accumulation * data * fsdp ({cfg.run.accumulation} * {data}), "
+            f"got {cfg.data.rows}"
+        )
+
+    def parts(accumulation: int) -> dict[str, int]:
+        rows = cfg.data.rows // (accumulation * data)
+        gradients = fixed["gradients"] * (2 if accumulation > 1 else 1)
+        return {k: int(v) for k, v in (fixed | {"gradients": gradients} | _work(cfg, rows, shape[2])).items()}
+
+    possible = [n for n in range(1, cfg.data.rows // data + 1) if cfg.data.rows % (n * data) == 0]
+    fitting = next((n for n in possible if sum(parts(n).values()) <= available), 0)
+    rows = cfg.data.rows // (cfg.run.accumulation * data)
+    return MemoryPlan(devices, shape, rows, parts(cfg.run.accumulation), available, trained, parameters, fitting)
+
+
+def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float], int, int]:
+    """Bytes of parameters, moments and gradients; numbers of trained parameters and of all."""
+    mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    rates = dataclasses.asdict(cfg.learning_rates)
+    everything = abstract_params(cfg.model, cfg.compute)["params"]
+    learnt = lora.abstract(cfg.lora, rates, everything) if cfg.lora.rank else everything
+    frozen = lora.split(learnt, everything)[0] if cfg.lora.rank else {}
+
+    def count(tree: Any, device: bool) -> tuple[float, float]:
+        """(elements, bytes), on one device or in all."""
+        placed = lora.flatten(shardings(tree, mesh))
+        leaves = {path: box.value for path, box in lora.flatten(tree).items()}
+        sizes = {p: math.prod(placed[p].shard_shape(x.shape) if device else x.shape) for p, x in leaves.items()}
+        return sum(sizes.values()), sum(sizes[p] * x.dtype.itemsize for p, x in leaves.items())
+
+    learning = {group: tree for group, tree in learnt.items() if rates[group] > 0}
+    trained = count(learning, True)[1]
+    fixed = {
+        "parameters": count(frozen, True)[1] + count(learnt, True)[1],
+        "optimiser": 2 * trained,
+        "gradients": trained,
+    }
+    return fixed, int(count(learning, False)[0]), cfg.model.num_params()
+
+
+def _work(cfg: LMTrainConfig, rows: int, tensor: int) -> dict[str, float]:
+    """Bytes of what a device with so many rows makes while it computes a step."""
+    m, compute = cfg.model, cfg.compute
+    L, C, G, T = cfg.data.row_length, cfg.data.row_patches, m.group_size, m.num_steps
+    width = np.dtype(jnp.dtype(compute.dtype)).itemsize
+    wide = max(width, 4)
+    stacks = [(m.llm, rows, L), (m.patch_encoder, rows * C, G)]
+    stacks += [(m.patch_decoder, rows * C, T)] if cfg.loss.trains_audio else []
+    kept, working = 0.0, 0.0
+    for config, batch, length in stacks:
+        block, scores = _block(config, compute, tensor), 3 * _scores(config, length, tensor, width)
+        dense = length * length <= DENSE_SCORES  # chunked attention keeps none of its scores
+        layer = {"none": block["all"] + scores * dense, "dots": block["dots"], "full": 0.0}
+        kept += config.num_layers * batch * length * (config.d_model * width + layer[compute.remat])
+        working = max(working, batch * length * (2 * block["all"] + scores))
+    kept += 3 * rows * L * m.llm.d_model * width  # input and output of the LLM, and a gradient
+    chunk = min(rows * L, max(cfg.loss.vocab_chunk, rows))
+    logits = 3.0 * chunk * m.vocab_size / tensor * wide
+    channel = 3.0 * rows * C * G * max(m.audio_vocab_sizes) * wide if cfg.loss.trains_audio else 0.0
+    rates = dataclasses.asdict(cfg.learning_rates)
+    head_learns = rates["llm"] > 0 and (not cfg.lora.rank or cfg.lora.tables)
+    head = m.llm.d_model * m.vocab_size / tensor * (width + wide * (2 if head_learns else 1))
+    layers = 2.0 * m.llm.params_per_layer() / tensor * width
+    row = L * 21 + C * (G * m.num_channels * 2 + 8)
+    return {
+        "weights": head + layers,
+        "activations": kept,
+        "working set": max(working, logits, channel),
+        "batch": 2.0 * rows * row,
+    }
+
+
+def _block(config: TransformerConfig, compute: ComputeConfig, tensor: int) -> dict[str, float]:
+    """Bytes per position of one block: products of matrices, and all it computes (attention's scores apart)."""
+    width = np.dtype(jnp.dtype(compute.dtype)).itemsize
+    wide = max(width, 4)
+    heads, kv = config.num_heads * config.head_dim / tensor, config.num_kv_heads * config.head_dim / tensor
+    d, ff = config.d_model, config.d_ff / tensor
+    ups = 2 if config.mlp == "swiglu" else 1
+    dots = width * (heads + 2 * kv + 2 * d + ups * ff)
+    # Beside them: two norms in float32 and in the compute dtype, the rotation, attention's output, activation, product.
+    rest = 2 * d * (wide + width) + (heads + kv) * (wide + width) + width * (heads + 2 * ff)
+    return {"dots": dots, "all": dots + rest}
+
+
+def _scores(config: TransformerConfig, length: int, tensor: int, width: int) -> float:
+    """Bytes per position of attention's scores, one array of them."""
+    wide = max(width, 4)
+    if length * length <= DENSE_SCORES:
+        return config.num_heads / tensor * length * wide
+    return config.num_heads / tensor * _BLOCK_ROWS * wide  # a block of queries sees all keys: shared out over positions
