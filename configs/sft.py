@@ -1,6 +1,6 @@
 """Language model, post-training (report section 4): a trained or converted checkpoint is fine-tuned on conversations.
 
-    mimo-jax convert MiMo-Audio-7B-Instruct runs/instruct
+    mimo-jax convert MiMo-Audio-7B-Instruct --out runs/instruct
     mimo-jax data ingest --conversations chat.jsonl --audio-tokenizer runs/tokenizer --text-tokenizer tokenizer.json \
         --out data/shards/chat
     mimo-jax plan --config configs/sft.py:7b --devices h100:8

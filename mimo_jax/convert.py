@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mimo_jax.atomic import atomic_write
 from mimo_jax.config import (
     AudioLMConfig,
     AudioTokenizerConfig,
@@ -44,17 +45,18 @@ from mimo_jax.interop.arrays import ArrayInfo, ArrayReader, ArrayWriter, Place
 from mimo_jax.interop.names import Tensor
 from mimo_jax.interop.safetensors import INDEX, SINGLE, Reader, Writer, describe
 from mimo_jax.models.audio_lm import GROUPS, init_params
-from mimo_jax.text.tokenizers import SPECIAL_TOKENS, HuggingFaceTokenizer
+from mimo_jax.text.tokenizers import SPECIAL_TOKENS, HuggingFaceTokenizer, load_text_tokenizer
 from mimo_jax.training import checkpoint, lora
 
 ASSETS = "assets"
 BLOCK_BYTES = 64 << 20  # of a table; a layer's matrix is a few of these at most
 SHARD_BYTES = 5 * 10**9
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_ASSETS = _TOKENIZERS + tuple(
-    "config.json generation_config.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt chat_template.json chat_template.jinja preprocessor_config.json".split()
-)
+_MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
+_SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # all list special tokens
+_VOCAB_FILES = ("vocab.json", "merges.txt")
+_CHAT_FILES = ("chat_template.json", "chat_template.jinja")
+_ASSETS = (*_TOKENIZERS, *_MODEL_FILES, *_SPECIAL_FILES, *_VOCAB_FILES, *_CHAT_FILES)
 _KEPT_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range")
 _TOKENIZER_PREFIX = "params/audio_tokenizer/"
 _ROW_MULTIPLE = 128  # a text table that must grow stays divisible by any mesh
@@ -242,14 +244,18 @@ def import_published(
                 for place, value in _import_blocks(reader, tensors, plan.shapes[path]):
                     writer.write(ours[path], place, value)
                     meter.step(value.nbytes)
-            assets = _assets(source) | ({"tokenizer.json": plan.tokenizer} if plan.tokenizer else {})
+            assets, stale = _assets(source), []
+            if plan.tokenizer and plan.tokenizer != assets["tokenizer.json"]:
+                assets["tokenizer.json"] = plan.tokenizer
+                stale = [name for name in _SPECIAL_FILES if assets.pop(name, b"")]
             text_tokenizer = assets.get(Path(getattr(plan.config, "text_tokenizer", "")).name)
             fingerprint = {"text_tokenizer": hashlib.sha256(text_tokenizer).hexdigest()[:16]} if text_tokenizer else {}
             meta = checkpoint.make_meta(0, plan.config, {}, fingerprint, plan.groups, {})
             _write_files(folder / ASSETS, assets)
             _write_files(folder / "meta", {"metadata": json.dumps(meta).encode()})
             checkpoint.write_marker(folder)
-    return Converted(len(plan.tensors), nbytes, plan.notes)
+    left_out = [f"left out, since they lack the new special tokens: {', '.join(stale)}"] if stale else []
+    return Converted(len(plan.tensors), nbytes, [*plan.notes, *left_out])
 
 
 def _import_blocks(reader: Reader, tensors: Sequence[Tensor], shape: names.Shape) -> Iterator[tuple[Place, np.ndarray]]:
@@ -269,14 +275,14 @@ def _import_blocks(reader: Reader, tensors: Sequence[Tensor], shape: names.Shape
         yield t.place(t.part[t.axis], shape[t.axis]), _packed(np.repeat(mean, rows, t.axis))
 
 
-def _assets(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in _ASSETS if (folder / name).is_file()}
+def _assets(folder: Path, names: Sequence[str] = _ASSETS) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        atomic_write(folder / name, content)
 
 
 def _plan(source: Path, reader: Reader, like: str, seed: int) -> _Plan:
@@ -450,11 +456,14 @@ def export_published(
 
     Raises:
         ConfigError: the published format cannot express the model.
-        CheckpointError: there is no intact checkpoint, or the disk is full.
+        CheckpointError: there is no intact checkpoint, the text tokenizer of the run is gone or has changed since, or
+            the disk is full.
+        TextTokenizerError: the text tokenizer of the run is none any more.
     """
     out = Path(out)
     step_dir = checkpoint.open_step(source, step)
-    config: Any = from_config_dict(checkpoint.read_meta(step_dir)["config"])
+    meta = checkpoint.read_meta(step_dir)
+    config: Any = from_config_dict(meta["config"])
     variables = _Variables(step_dir)
     try:
         tensors = sorted(published.tensors_of(config.model, {path: x.shape for path, x in variables.infos.items()}))
@@ -466,7 +475,7 @@ def export_published(
     dtypes = {path: info.dtype for path, info in variables.infos.items()}
     nbytes = sum(math.prod(t.shape) * dtypes[t.path].itemsize for t in tensors)
     widest = max((dtype for path, dtype in dtypes.items() if path.startswith("params/")), key=lambda d: d.itemsize)
-    files = _files_beside(step_dir, config, widest.name)
+    files = _files_beside(step_dir, config, meta["data_fingerprint"], widest.name)
     with _new_folder(out, nbytes) as folder:
         meter = _Meter(out, nbytes, progress)
         with Writer(folder, {t.name: (dtypes[t.path], t.shape) for t in tensors}, shard_bytes) as writer:
@@ -478,34 +487,90 @@ def export_published(
                         writer.write(t.name, _packed(t.to_published(part)), start * t.rows)
                     meter.step(value.nbytes)
         _write_files(folder, files)
-    return Converted(len(tensors), nbytes, ())
+    return Converted(len(tensors), nbytes, _export_notes(config.model))
 
 
-def _files_beside(step_dir: Path, config: Any, dtype: str) -> dict[str, bytes]:
+def _export_notes(model: AudioLMConfig | AudioTokenizerConfig) -> list[str]:
+    """What the published code computes differently from ours."""
+    if isinstance(model, AudioTokenizerConfig):
+        if model.decoder_norm == "sequence":
+            return []
+        return [
+            f"the published code ignores decoder_norm {model.decoder_norm} and normalises over time: its waves differ "
+            "from this tokenizer's"
+        ]
+    if model.llm.q_bias and model.llm.k_bias and model.llm.v_bias:
+        return []
+    return [
+        "the LLM has no q/k/v biases, and the Qwen2 of the published code always has: it computes the same only if it "
+        "loads the missing ones as zeros"
+    ]
+
+
+def _files_beside(step_dir: Path, config: Any, data_fingerprint: Mapping[str, Any], dtype: str) -> dict[str, bytes]:
     """The small files beside the weights: those that came with the model where it came from, or as good as can be made.
 
-    A run that was started from converted weights finds them beside its text tokenizer.
+    A run that was started from converted weights finds them beside its text tokenizer. Whatever else lies there is not
+    taken: see `_tokenizer_files`, `_original_config`.
     """
     trained, beside = isinstance(config, LMTrainConfig), step_dir / ASSETS
-    files = _assets(beside)
     if trained:
-        tokenizer = Path(config.data.text_tokenizer)
-        beside = tokenizer.parent
-        if tokenizer.name in _TOKENIZERS:
-            files = _assets(beside)
-        elif tokenizer.is_file():
-            files = {"tokenizer.model": tokenizer.read_bytes()}
+        beside, files = _tokenizer_files(step_dir, config.data.text_tokenizer, data_fingerprint.get("text_tokenizer"))
+    else:
+        checkpoint.verify(step_dir, [ASSETS])
+        files = _assets(beside)
     made = published.config_json(config.model, dtype)
-    original: dict[str, Any] = {}
-    if "config.json" in files:
-        original = json.loads(files["config.json"])
-        try:
-            again = published.config_json(published.read_config(beside), dtype)
-        except (ConfigError, OSError):
-            again = {}  # of a text model, for example
-        if again == made:
-            if not trained:
-                return files
-            made = original | ({"torch_dtype": dtype} if "torch_dtype" in original else {})
+    original, same = _original_config(beside, config.model, made)
+    if same and not trained:
+        return files
+    if original and trained:
+        files |= _assets(beside, _MODEL_FILES)
+    if same:
+        made = original | ({"torch_dtype": dtype} if "torch_dtype" in original else {})
     made |= {key: original[key] for key in _KEPT_KEYS if key in original}
     return files | {"config.json": (json.dumps(made, indent=2) + "\n").encode()}
+
+
+def _tokenizer_files(step_dir: Path, path: str, expected: str | None) -> tuple[Path, dict[str, bytes]]:
+    """The folder of a run's text tokenizer, the tokenizer and the files there that belong to it.
+
+    Those of a Hugging Face tokenizer are known by their names; vocab.json and merges.txt, which other programs also
+    write, by the vocabulary.
+    """
+    try:
+        tokenizer = load_text_tokenizer(path)
+    except FileNotFoundError as error:
+        raise checkpoint.CheckpointError(f"{step_dir}: the text tokenizer of the run is gone: {error}") from None
+    if expected and tokenizer.fingerprint != expected:
+        raise checkpoint.CheckpointError(
+            f"{tokenizer.name}: expected the text tokenizer that the model was trained with ({expected}), got "
+            f"{tokenizer.fingerprint}"
+        )
+    file = Path(tokenizer.name)
+    content = file.read_bytes()
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return file.parent, {"tokenizer.model": content}
+    files = {"tokenizer.json": content}
+    if file.name in files:
+        files |= _assets(file.parent, (*_SPECIAL_FILES, *_CHAT_FILES))
+        vocabulary = _assets(file.parent, _VOCAB_FILES)
+        with contextlib.suppress(ValueError, RecursionError):
+            if json.loads(vocabulary.get("vocab.json", b"null")) == json.loads(content)["model"]["vocab"]:
+                files |= vocabulary
+    return file.parent, files
+
+
+def _original_config(
+    folder: Path, model: AudioLMConfig | AudioTokenizerConfig, made: Mapping[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """A folder's config.json, if it is that of the model (then also True) or of the text model that its LLM was."""
+    try:
+        values = published.read_json(folder)
+        if published.kind_of(folder) == "text_lm":
+            same = False
+            related = isinstance(model, AudioLMConfig) and published.read_text_lm_config(folder)[0] == model.llm
+        else:
+            related = same = published.config_json(published.read_config(folder), made["torch_dtype"]) == made
+    except (ConfigError, OSError):  # none, or of something else
+        return {}, False
+    return (values if related else {}), same

@@ -112,8 +112,8 @@ class GenerationSettings:
     reference_quirks: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_seconds < math.inf:
-            raise ConfigError(f"max_seconds: expected a positive number, got {self.max_seconds!r}")
+        if not 0 < self.max_seconds <= 1e6:
+            raise ConfigError(f"max_seconds: expected a positive number up to 1e6, got {self.max_seconds!r}")
         if not 0 <= self.min_seconds <= self.max_seconds:
             raise ConfigError(f"min_seconds: expected 0..max_seconds ({self.max_seconds}), got {self.min_seconds!r}")
         for name in ("max_text", "max_new", "batch_size"):

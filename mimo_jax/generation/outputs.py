@@ -51,8 +51,10 @@ def write_outputs(
     """
     folder = Path(folder)
     names = [f"{task}-{i}" for i in range(len(outputs))] if names is None else names
-    if len(set(names)) != len(outputs):
-        raise ConfigError(f"names: expected {len(outputs)} different names, got {list(names)}")
+    if len({name.removesuffix("-full").removesuffix("-history") for name in names}) != len(outputs):
+        raise ConfigError(
+            f"names: expected {len(outputs)} different names, -full and -history apart, got {list(names)}"
+        )
     rate = model.codec.config.mel.sample_rate
     items = []
     for number, (name, output) in enumerate(zip(names, outputs, strict=True)):

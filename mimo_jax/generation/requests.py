@@ -123,6 +123,9 @@ def check_request(request: Mapping[str, Any]) -> None:
         accepted: Any = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"{key}: expected {kind.__name__}, got {value!r}")
+    name = request.get("name", "output")
+    if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
+        raise ConfigError(f"name: expected the name of a file without folder and suffix, got {name!r}")
     if request.get("task", "asr") not in TASKS:
         raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {request['task']!r}")
     items = {"examples": {"input", "output", "text"}, "turns": {"role", "text", "audio"}}

@@ -40,8 +40,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature: expected a non-negative number, got {self.temperature!r}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k: expected a non-negative integer, got {self.top_k!r}")
+        if not 0 <= self.top_k < 2**31:
+            raise ConfigError(f"top_k: expected an integer in 0..2^31-1, got {self.top_k!r}")
         if not 0 <= self.top_p <= 1:
             raise ConfigError(f"top_p: expected a number in [0, 1], got {self.top_p!r}")
 

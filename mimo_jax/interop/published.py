@@ -54,7 +54,7 @@ class _Json:
         path = Path(folder) / "config.json"
         try:
             return cls(path, dict(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{path}: expected a JSON object: {error}") from None
 
     def get(self, key: str, kind: type = int, default: Any = dataclasses.MISSING) -> Any:
@@ -91,6 +91,16 @@ class _Json:
         except ConfigError as error:
             message = str(error)
             raise ConfigError(message if message.startswith(str(self.path)) else f"{self.path}: {message}") from None
+
+
+def read_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """`folder`/config.json as it is.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+        FileNotFoundError: there is none.
+    """
+    return dict(_Json.of(folder).values)
 
 
 def kind_of(folder: str | os.PathLike[str]) -> Kind:
@@ -373,7 +383,7 @@ def added_tokens(folder: str | os.PathLike[str]) -> dict[str, int]:
     path = Path(folder) / "tokenizer.json"
     try:
         return {t["content"]: int(t["id"]) for t in json.loads(path.read_text(encoding="utf-8"))["added_tokens"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: expected a Hugging Face tokenizer.json: {error!r}") from None
 
 

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mimo_jax.atomic import atomic_write
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes, as the reference reader has it
@@ -83,7 +85,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
             values = json.loads(file.read(length))
             values.pop("__metadata__", None)
             entries = {str(name): _entry(path, 8 + length, value) for name, value in values.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise SafetensorsError(f"{path}: expected a safetensors header, got an unreadable one: {error!r}") from None
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
@@ -125,7 +127,9 @@ class Reader:
     def _indexed(self, index: Path) -> dict[str, Entry]:
         try:
             where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            if other := [name for name in where.values() if not isinstance(name, str)]:
+                raise TypeError(f"expected names of files, got {other[0]!r}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SafetensorsError(f"{index}: expected a JSON object with a weight_map: {error!r}") from None
         entries: dict[str, Entry] = {}
         for name in sorted(set(where.values())):
@@ -207,7 +211,7 @@ class Writer:
         if count > 1:
             weight_map = {name: entry.file.name for name, entry in sorted(self._entries.items())}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            atomic_write(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
     def _create(self, path: Path, tensors: Mapping[str, tuple[np.dtype, Sequence[int]]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -124,7 +124,7 @@ def single(case: Case) -> None:
     """One clip: every stage, and decoding from the first levels."""
     config, variables = cached_tokenizer(case.folder / "model")
     model, layers, codebook = AudioTokenizer(config, UNROLLED), _layers(variables), variables["codebook"]
-    if "quantizer_in" in case.entries:
+    if (case.folder / "single_inputs.npz").is_file():
         wav = case.inputs("single_inputs.npz")["wav"]
         wav_BS, ids_BT = pack_clips([wav], config)
         frames_B, codes = np.array([num_mel_frames(len(wav), config)]), num_codes(len(wav), config)

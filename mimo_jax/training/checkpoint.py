@@ -447,21 +447,37 @@ def reference(base: Path, folder: Path) -> dict[str, str]:
     return {"path": str(base.absolute()), "relative": os.path.relpath(base, folder), "fingerprint": digest}
 
 
-def base_of(step_dir: str | os.PathLike[str]) -> Path | None:
+def base_of(step_dir: str | os.PathLike[str], elsewhere: str | os.PathLike[str] = "") -> Path | None:
     """Folder of the step that an adapter checkpoint stands on; None for any other checkpoint.
 
+    Args:
+        step_dir: the adapter checkpoint.
+        elsewhere: a checkpoint, or a run with the step among its own, to look at when the base is not where it was.
+
     Raises:
-        CheckpointError: it is neither where it was nor at the same place relative to the adapters, or is another one.
+        CheckpointError: the step is neither where it was, nor at the same place relative to the adapters, nor
+            elsewhere, or is another one.
     """
     base = read_meta(step_dir).get("base")
     if base is None:
         return None
-    for place in (Path(base["path"]), Path(step_dir).absolute().parent / base["relative"]):
-        if (place / MARKER).is_file() and reference(place, place)["fingerprint"] == base["fingerprint"]:
+    recorded = Path(base["path"])
+    places = [recorded, Path(step_dir).absolute().parent / base["relative"]]
+    if elsewhere:
+        folders = (Path(elsewhere), Path(elsewhere) / FOLDER)
+        places += [folders[0], *(folder / str(step) for folder in folders for step in good_steps(folder))]
+    places = [place for place in places if (place / MARKER).is_file()]
+    for place in places:
+        if reference(place, place)["fingerprint"] == base["fingerprint"]:
             return place
+    rotates = recorded.name.isdecimal() and recorded.parent.name == FOLDER
+    name = f"step {recorded.name} of the run {recorded.parent.parent}" if rotates else str(recorded)
+    found = "another checkpoint is there" if recorded in places else "it is missing"
+    kept = good_steps(recorded.parent) if rotates and recorded not in places else []
     raise CheckpointError(
-        f"{step_dir}: expected the checkpoint that these adapters stand on, of fingerprint {base['fingerprint']}, "
-        f"at {base['path']}"
+        f"{step_dir}: expected the checkpoint that these adapters stand on, {name} (fingerprint {base['fingerprint']}),"
+        f" but {found}{f' (the run has kept steps {kept})' if kept else ''}; adapters are of no use without it: put a "
+        "copy back there, and begin adapters from a copy, or from converted weights, that no run removes"
     )
 
 
@@ -555,13 +571,20 @@ def load_params(
     return config, read_variables(step_dir, abstract), meta
 
 
-def transfer(path: str | os.PathLike[str], wanted: Tree, data_fingerprint: Mapping[str, Any] | None = None) -> Tree:
+def transfer(
+    path: str | os.PathLike[str],
+    wanted: Tree,
+    data_fingerprint: Mapping[str, Any] | None = None,
+    *,
+    verified: bool = False,
+) -> Tree:
     """Loads the parameter groups that another run has trained.
 
     Args:
         path: working directory or checkpoint of the other run.
         wanted: parameters of this run as `jax.ShapeDtypeStruct` with shardings.
         data_fingerprint: of this run; where both runs name a text or audio tokenizer, it must be the same one.
+        verified: `path` is what `open_step` has just returned; its files are not hashed again.
 
     Returns:
         The groups of `wanted` that were trained there: a text checkpoint gives `llm`, a joint one all.
@@ -570,7 +593,7 @@ def transfer(path: str | os.PathLike[str], wanted: Tree, data_fingerprint: Mappi
         CheckpointError: there is no checkpoint, nothing matches, a parameter is missing or has another shape, or the
             other run learnt the ids of another tokenizer.
     """
-    step_dir = open_step(path)
+    step_dir = Path(path) if verified else open_step(path)
     saved, meta = saved_shapes(step_dir)["params"], read_meta(step_dir)
     groups = [group for group in wanted if group in meta["trained_groups"]]
     if not groups:

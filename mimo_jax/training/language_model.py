@@ -24,7 +24,7 @@ from mimo_jax.rows import LMRows
 from mimo_jax.sharding import batch_sharding, make_mesh, shardings
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training import lm_loss, loop, lora
-from mimo_jax.training.checkpoint import CheckpointError, CheckpointStore, make_meta, open_step, reference, transfer
+from mimo_jax.training.checkpoint import CheckpointStore, base_of, make_meta, open_step, reference, transfer
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, make_optimizer, schedule, trained
 from mimo_jax.training.state import TrainState, Tree
@@ -102,13 +102,17 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
     base: Tree = {}
     tables: Tree = {}
     stands_on = None
+    source = cfg.init_from
     if cfg.lora.rank:
+        if restored is not None:  # on the step that it began with, although `init_from` may have newer ones by now
+            source = str(base_of(store.folder / str(restored[1]["step"]), elsewhere=source))
+        origin = open_step(source)
+        source = str(origin)
         wanted = loop.with_shardings(_base_shapes(everything, learnt), shardings(everything, mesh))
-        origin = open_step(cfg.init_from)
-        given = transfer(origin, wanted, loader.fingerprint)
+        given = transfer(origin, wanted, loader.fingerprint, verified=True)
         if set(given) < set(rates):
             missing = ", ".join(sorted(set(rates) - set(given)))
-            raise ConfigError(f"init_from: expected a checkpoint in which {missing} has been trained")
+            raise ConfigError(f"init_from: expected a checkpoint in which {missing} has been trained, got {origin}")
         base, tables = lora.split(learnt, given)
         del given
         stands_on = reference(origin, store.folder)
@@ -116,9 +120,6 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         tables = {}  # the state has them
         state, meta = restored
         groups, counters = meta["trained_groups"], meta["counters"]
-        known = meta.get("base", {}).get("fingerprint")
-        if known != (stands_on or {}).get("fingerprint"):
-            raise CheckpointError(f"{cfg.init_from}: expected the checkpoint that the run stands on, of {known}")
         writer = MetricsWriter(folder, meta["step"])
         writer.say(f"continuing from step {meta['step']}")
     else:
@@ -127,7 +128,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
             if not cfg.lora.rank:
                 wanted = loop.with_shardings(abstract.params, placed.params)
                 params = transfer(cfg.init_from, wanted, loader.fingerprint)
-            writer.say(f"{', '.join(sorted(params or base))} from {cfg.init_from}")
+            writer.say(f"{', '.join(sorted(params or base))} from {source}")
         groups = [group for group in sorted(rates) if group in params or group in base or rates[group] > 0]
         if cfg.lora.rank:
             begin = functools.partial(lora.start, abstract.params)

@@ -55,6 +55,13 @@ def test_lines_become_requests_with_settings_and_seeds_of_their_own(folder):
     assert chat.turns == ("a", "b")
 
 
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/b", "..", ".hidden", "", "a\nb"])
+def test_a_name_that_would_leave_the_folder_is_refused(folder, name):
+    path = write(folder, {"text": "hello", "name": name})
+    with pytest.raises(ConfigError, match=r"requests\.jsonl:1: name: expected the name of a file"):
+        read_requests(path, "tts")
+
+
 def test_every_setting_is_one_that_generation_has():
     values = {key: kind(1) for key, kind in SETTINGS.items()}
     changed = apply_settings(GenerationSettings(max_seconds=2), values)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,10 @@ def test_there_and_back_changes_no_byte(name, tmp_path, monkeypatch):
     assert_same_folder(tmp_path / "back", folder)
     assert run(tmp_path / "back", "--out", tmp_path / "again") == 0  # from shards
     assert_same(variables_of(tmp_path / "again"), variables_of(tmp_path / "ours"))
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def variables_of(path: Path) -> dict[str, np.ndarray]:
@@ -247,8 +252,23 @@ def test_llama_has_no_biases_and_a_full_table_grows(tmp_path, capsys, monkeypatc
         np.testing.assert_array_equal(table[:259], tables[name])
         mean = tables[name].astype(np.float64).mean(0).astype(BF16)
         np.testing.assert_array_equal(table[259:], np.broadcast_to(mean, (125, 16)))
+    capsys.readouterr()
     assert run(ours, "--out", tmp_path / "back") == 0
+    assert "the LLM has no q/k/v biases, and the Qwen2 of the published code always has" in capsys.readouterr().out
     assert published.read_lm_config(tmp_path / "back") == config.model  # attention_bias survives
+
+
+@pytest.mark.parametrize("known", [3, len(SPECIAL_TOKENS)])
+def test_files_that_list_special_tokens_stay_only_beside_an_unchanged_tokenizer(tmp_path, capsys, known):
+    folder = write_text_model(tmp_path / "text", QWEN2, LLM_TENSORS | {"lm_head.weight": HEAD}, SPECIAL_TOKENS[:known])
+    lists = {"added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"}
+    for name in {*lists, "merges.txt"}:
+        (folder / name).write_text("{}")
+    assert run(folder, "--out", tmp_path / "ours", "--like", f"{LIKE}:small") == 0
+    assert ("left out" in capsys.readouterr().out) == (known == 3)
+    assert run(tmp_path / "ours", "--out", tmp_path / "back") == 0
+    for found in (names_in(tmp_path / "ours" / "assets"), names_in(tmp_path / "back") - {safetensors.SINGLE}):
+        assert found == {"config.json", "tokenizer.json", "merges.txt"} | (lists if known > 3 else set())
 
 
 @pytest.mark.parametrize(
@@ -282,10 +302,10 @@ def lm_job(folder: Path, **changes) -> c.LMTrainConfig:
     )
 
 
-def save(workdir: Path, config, variables, base=None) -> Path:
+def save(workdir: Path, config, variables, base=None, fingerprint=None) -> Path:
     store = CheckpointStore(workdir)
     groups = ["llm", "patch_encoder", "patch_decoder"]
-    store.save(1, variables, {"count": np.zeros(1)}, make_meta(1, config, {}, {}, groups, {}, base))
+    store.save(1, variables, {"count": np.zeros(1)}, make_meta(1, config, {}, fingerprint or {}, groups, {}, base))
     store.wait()
     store.close()
     return workdir
@@ -300,6 +320,75 @@ def test_a_run_is_exported_with_the_settings_it_came_with(tmp_path):
     original = json.loads((folder / "config.json").read_text())
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == original | {"torch_dtype": "float32"}
     assert (tmp_path / "out" / "tokenizer.json").read_text() == tokenizer_json()
+
+
+def save_run(workdir: Path, folder: Path) -> Path:
+    """A run with the text tokenizer of a folder."""
+    fingerprint = {"text_tokenizer": load_text_tokenizer(folder).fingerprint}
+    return save(workdir, lm_job(folder), arrays(LM) | {"codebook": {}}, fingerprint=fingerprint)
+
+
+def test_a_run_is_not_exported_with_another_tokenizer_or_none(tmp_path, capsys, converted):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = folder / "tokenizer.json"
+    file.write_text(tokenizer_json())
+    workdir = save_run(tmp_path / "run", folder)
+    expected = load_text_tokenizer(file).fingerprint
+    file.write_text(tokenizer_json() + "\n")
+    found = load_text_tokenizer(file).fingerprint
+    assert run(workdir, "--out", tmp_path / "out") == 2
+    message = f"{file}: expected the text tokenizer that the model was trained with ({expected}), got {found}"
+    assert message in capsys.readouterr().err
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"the text tokenizer of the run is gone: {file}: no such"):
+        convert.export_published(workdir, tmp_path / "out")
+    ours = shutil.copytree(converted[1], tmp_path / "ours")
+    (ours / "assets" / "tokenizer.json").write_text(tokenizer_json() + "\n")
+    with pytest.raises(CheckpointError, match=r"assets/tokenizer.json: damaged"):
+        convert.export_published(ours, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("foreign", ["nonsense", '{"a": 1}', json.dumps(QWEN2 | {"hidden_size": 32})])
+def test_a_run_takes_only_what_belongs_to_its_tokenizer(tmp_path, monkeypatch, foreign):
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_text(tokenizer_json())
+    workdir = save_run(tmp_path / "run", Path())
+    for name in ("config.json", "generation_config.json", "preprocessor_config.json", "vocab.json", "merges.txt"):
+        Path(name).write_text(foreign)
+    Path("tokenizer_config.json").write_text("{}")
+    assert run(workdir, "--out", "out") == 0
+    assert names_in(Path("out")) == {safetensors.SINGLE, "config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert json.loads(Path("out/config.json").read_text()) == published.config_json(LM, "float32")
+    Path("vocab.json").write_text(json.dumps(json.loads(tokenizer_json())["model"]["vocab"], indent=1))
+    assert run(workdir, "--out", "with-vocab") == 0
+    assert names_in(Path("with-vocab")) - names_in(Path("out")) == {"vocab.json", "merges.txt"}
+
+
+def test_a_run_from_a_text_model_keeps_its_settings(tmp_path):
+    _, ours = import_text(tmp_path, QWEN2, LLM_TENSORS | {"lm_head.weight": HEAD})
+    model = load_params(ours)[0].model
+    job = dataclasses.replace(lm_job(ours / "assets"), model=model)
+    assert run(save(tmp_path / "run", job, arrays(model) | {"codebook": {}}), "--out", tmp_path / "out") == 0
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values == published.config_json(model, "float32") | {"eos_token_id": 256}
+
+
+def test_every_exported_file_is_on_disk_before_it_has_its_name(converted, tmp_path, monkeypatch):
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), sync(file)))
+    convert.export_published(converted[1], tmp_path / "out", shard_bytes=10_000)
+    files = {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
+    assert {safetensors.INDEX, "config.json", "tokenizer.json"} <= set(files) and set(files.values()) <= synced
+
+
+@pytest.mark.parametrize("norm", ["sequence", "frame"])
+def test_a_norm_that_the_published_code_does_not_know_is_said(tmp_path, norm):
+    model = dataclasses.replace(TOKENIZERS["published"], decoder_norm=norm)
+    convert.import_published(write_model(tmp_path / "published", model, arrays(model)), tmp_path / "ours")
+    notes = convert.export_published(tmp_path / "ours", tmp_path / "back").notes
+    assert ["ignores decoder_norm frame" in note for note in notes] == ([True] if norm == "frame" else [])
 
 
 def test_a_run_of_the_tokenizer_is_exported_without_its_text_decoder(tmp_path):

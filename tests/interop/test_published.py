@@ -118,6 +118,13 @@ def test_settings_that_are_wrong_or_not_computed_here_are_refused_by_name(tmp_pa
         published.read_config(folder)
 
 
+@pytest.mark.parametrize("text", ["nonsense", "[1]", "[" * 100_000])
+def test_a_config_json_that_is_none_is_refused_by_name(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.json: expected a JSON object"):
+        published.read_config(tmp_path)
+
+
 def test_models_that_the_format_cannot_express_are_refused_by_setting():
     narrow = dataclasses.replace(LM, patch_encoder=TransformerConfig.qwen2(8, 2, 2, 4, 16, causal=False))
     with pytest.raises(ConfigError, match=r"model.patch_encoder.d_ff: the published format has 32 where .* has 16"):

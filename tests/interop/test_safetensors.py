@@ -69,6 +69,8 @@ DAMAGED = {
     "no header": b"abc",
     "a header longer than the file": struct.pack("<Q", 10**6) + b"{}",
     "no JSON": _file(b"{nonsense"),
+    "JSON nested too deep": _file(b"[" * 100_000),
+    "an infinite offset": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}', bytes(4)),
     "an unknown dtype": _file(_header(a=("F12", [1], [0, 4])), bytes(4)),
     "a shape that does not fill its bytes": _file(_header(a=("F32", [2], [0, 4])), bytes(4)),
     "a negative shape": _file(_header(a=("F32", [-1, -1], [0, 4])), bytes(4)),
@@ -99,3 +101,8 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     refused("tensor t0: the index has it in", t0="model-00002-of-00002.safetensors")
     refused("names of files beside it", t0="../elsewhere.safetensors")
     refused("No such file", t0="gone.safetensors")
+    for name in (7, None, ["model-00001-of-00002.safetensors"]):
+        refused(f"{INDEX}: .*expected names of files, got", t0=name)
+    (tmp_path / INDEX).write_text("[" * 100_000)
+    with pytest.raises(SafetensorsError, match=f"{INDEX}: expected a JSON object with a weight_map"):
+        Reader(tmp_path)

@@ -46,11 +46,15 @@ def fresh_params(seed: int = 0) -> Any:
 
 
 @functools.cache
-def params(seed: int = 0) -> Any:
-    """Float32 parameters, none of them at its neutral value."""
-    start = fresh_params(seed)
+def _params(seed: int) -> Any:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: np.asarray(x + 0.2 * rng.standard_normal(x.shape), np.float32), start)
+    start = fresh_params(seed)
+    return jax.tree.map(lambda x: (np.asarray(x) + 0.2 * rng.standard_normal(x.shape)).astype(np.float32), start)
+
+
+def params(seed: int = 0) -> Any:
+    """Float32 parameters, none of them at its neutral value; the same whatever the precision they are asked for in."""
+    return _params(seed)
 
 
 def params64(seed: int = 0) -> Any:

@@ -79,6 +79,16 @@ def test_an_array_that_no_case_computes_fails(folder, capsys):
     assert status == 1 and _failures(out) == ["sampler/expected.npz/new"] and "no case computes it" in out
 
 
+def test_words_about_the_arrays_are_skipped_and_said_to_be(folder, capsys):
+    words = np.array('{"seed": 1}')
+    _rewrite(folder / "sampler" / "expected.npz", lambda arrays: arrays.update(meta=words))
+    manifest = _manifest(folder)
+    manifest["sampler/expected.npz"]["meta"] = {"shape": [], "dtype": str(words.dtype)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    status, out, _ = _parity(capsys, folder)
+    assert status == 0 and "skipped 1" in out and "says where the arrays come from" in out
+
+
 def test_a_file_of_no_known_case_fails(folder, capsys):
     (folder / "sampler" / "expected.npz").rename(folder / "sampler" / "surprise.npz")
     manifest = _manifest(folder)

@@ -18,7 +18,7 @@ from training import jobs
 from mimo_jax.config import ConfigError, LearningRates, LMLossConfig, LoRAConfig, MeshConfig, OptimizerConfig
 from mimo_jax.models.audio_lm import abstract_params
 from mimo_jax.sharding import batch_sharding, make_mesh, shardings
-from mimo_jax.training import language_model, loop, lora, metrics
+from mimo_jax.training import checkpoint, language_model, loop, lora, metrics
 from mimo_jax.training.checkpoint import CheckpointError, base_of, load_params, transfer
 from mimo_jax.training.lm_loss import lm_loss
 from mimo_jax.training.optimizer import make_optimizer, trained
@@ -158,7 +158,7 @@ def test_fine_tuning_cut_over_fsdp_and_tensor_equals_one_device(config):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A base, and a LoRA run on it in bfloat16."""
+    """A base, and a LoRA run on its step 2 in bfloat16; then the base goes on to step 3."""
     folder = tmp_path_factory.mktemp("lora")
     config = jobs.language_model(folder)
     run = dataclasses.replace(config.run, steps=2, checkpoint_every=1, eval_every=2, eval_batches=1)
@@ -171,6 +171,7 @@ def runs(tmp_path_factory):
         compute=dataclasses.replace(base.compute, param_dtype="bfloat16"),
     )
     jobs.train(adapting, folder / "adapters")
+    jobs.train(dataclasses.replace(base, run=dataclasses.replace(run, steps=3)), folder / "base")
     return folder, adapting
 
 
@@ -179,7 +180,7 @@ def test_only_adapters_and_tables_are_saved_and_loaded_ones_are_merged(runs):
     step = folder / "adapters" / "checkpoints" / "2"
     saved = (step / "variables" / "_METADATA").read_text()
     assert "'a'" in saved and "kernel" in saved and "norm_attn" not in saved and "'attn', 'q', 'kernel'" not in saved
-    _, base, _ = load_params(folder / "base")
+    _, base, _ = load_params(folder / "base", 2)
     _, merged, meta = load_params(folder / "adapters")
     assert meta["trained_groups"] == ["llm", "patch_decoder", "patch_encoder"]
     old, new = lora.flatten(base["params"]), lora.flatten(merged["params"])
@@ -199,34 +200,60 @@ def test_only_adapters_and_tables_are_saved_and_loaded_ones_are_merged(runs):
 def test_base_has_no_moments_and_its_loss_is_where_the_run_begins(runs):
     folder, _ = runs
     assert "norm_attn" not in (folder / "adapters" / "checkpoints" / "2" / "optimizer" / "_METADATA").read_text()
+    lines = {name: metrics.read(folder / name / "metrics.jsonl") for name in ("base", "adapters")}
     last, first = (
-        [line for line in metrics.read(folder / name / "metrics.jsonl") if line["split"] == "validation"][i]
-        for name, i in (("base", -1), ("adapters", 0))
+        next(line for line in lines[name] if line["split"] == "validation" and line["step"] == step)
+        for name, step in (("base", 2), ("adapters", 0))
     )
     assert first["loss"] == pytest.approx(last["loss"], rel=1e-2)  # the base is rounded to bfloat16
 
 
-def test_continued_run_ends_with_the_same_bits(runs, tmp_path):
+def test_continued_run_ends_with_the_same_bits_although_its_base_went_on(runs, monkeypatch):
     folder, config = runs
     shutil.copytree(folder / "adapters", folder / "again")
     shutil.rmtree(folder / "again" / "checkpoints" / "2")
+    hashed, verify = [], checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda path, *rest: (hashed.append(path), verify(path, *rest)))
     jobs.train(config, folder / "again")
-    assert jobs.digest(folder / "again") == jobs.digest(folder / "adapters")
+    assert jobs.digest(folder / "again", 2) == jobs.digest(folder / "adapters", 2)
+    base = folder / "base" / "checkpoints" / "2"
+    assert hashed[:2] == [folder / "again" / "checkpoints" / "1", base], "its own step, then the base"
+    assert base_of(folder / "again" / "checkpoints" / "2") == base
 
 
 def test_adapters_find_their_base_and_refuse_another(runs, tmp_path):
-    folder, config = runs
+    folder, _ = runs
     shutil.copytree(folder / "base", tmp_path / "base")
     shutil.copytree(folder / "adapters", tmp_path / "adapters")
-    meta = tmp_path / "adapters" / "checkpoints" / "2" / "meta" / "metadata"
+    step, base = tmp_path / "adapters" / "checkpoints" / "2", tmp_path / "base" / "checkpoints" / "2"
+    meta = step / "meta" / "metadata"
     values = json.loads(meta.read_text())
-    values["base"]["path"] = "/nowhere"
+    values["base"]["path"] = str(tmp_path / "gone" / "checkpoints" / "2")
     meta.write_text(json.dumps(values))
-    assert base_of(tmp_path / "adapters" / "checkpoints" / "2") is not None, "both were moved together"
-    marker = tmp_path / "base" / "checkpoints" / "2" / "commit.json"
+    assert base_of(step) is not None, "both were moved together"
+    marker = base / "commit.json"
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
     marker.write_text(marker.read_text() + " ")
-    with pytest.raises(CheckpointError, match="expected the checkpoint that these adapters stand on, of fingerprint"):
-        base_of(tmp_path / "adapters" / "checkpoints" / "2")
-    other = dataclasses.replace(config, init_from=str(tmp_path / "base"))
-    with pytest.raises(CheckpointError, match="expected the checkpoint that the run stands on"):
-        jobs.train(other, folder / "adapters")
+    with pytest.raises(CheckpointError, match=r"step 2 of the run .*/gone \(fingerprint \w+\), but it is missing;"):
+        base_of(step)
+    for place in (".", "checkpoints", "checkpoints/2"):
+        assert base_of(step, tmp_path / "copy" / place) == tmp_path / "copy" / "checkpoints" / "2"
+    values["base"]["path"] = str(base)
+    meta.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="another checkpoint is there"):
+        base_of(step)
+
+
+def test_a_base_that_its_run_removed_is_named_and_taken_from_a_copy(runs, tmp_path):
+    folder, config = runs
+    shutil.copytree(folder / "adapters", folder / "orphans")
+    (folder / "base" / "checkpoints" / "2").rename(tmp_path / "copy")
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            jobs.train(config, folder / "orphans")
+        said = str(caught.value)
+        assert f"step 2 of the run {folder / 'base'} " in said and "the run has kept steps [1, 3]" in said
+        assert "put a copy back there" in said
+        jobs.train(dataclasses.replace(config, init_from=str(tmp_path / "copy")), folder / "orphans")
+    finally:
+        (tmp_path / "copy").rename(folder / "base" / "checkpoints" / "2")
