@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,7 @@ class Record:
     conversation: str = ""
 
 
+_IMPORTING = threading.Lock()
 _TEXTS = ("id", "text", "language", "speaker", "caption", "instruction")
 
 
@@ -79,20 +81,27 @@ def features(num_levels: int, conversations: bool = False) -> Any:
     )
 
 
+@functools.cache
+def _example() -> Any:
+    """The message class. TFDS imports lazily and not safely from several threads at once, as loaders have."""
+    with _IMPORTING:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        return tf_example_pb2.Example
+
+
 def encode_record(record: Record) -> bytes:
     """Serialises a record (little-endian arrays).
 
     Raises:
         DataError: the codes are not uint16 [frames, levels].
     """
-    from tensorflow_datasets.proto import tf_example_pb2
-
     codes = record.codes_MR
     if codes.dtype != np.uint16 or codes.ndim != 2:
         raise DataError(
             f"record {record.id!r}: codes: expected uint16 [frames, levels], got {codes.dtype} {list(codes.shape)}"
         )
-    example = tf_example_pb2.Example()
+    example = _example()()
     feature = example.features.feature
     for name in _TEXTS:
         feature[name].bytes_list.value.append(getattr(record, name).encode())
@@ -119,9 +128,7 @@ def decode_record(data: bytes, num_levels: int, where: str = "record") -> Record
     Raises:
         DataError: a feature is missing or has the wrong size.
     """
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(data).features.feature
+    feature = _example().FromString(data).features.feature
     try:
         texts = {name: feature[name].bytes_list.value[0].decode() for name in _TEXTS}
         codes = np.frombuffer(feature["codes"].bytes_list.value[0], "<u2").astype(np.uint16, copy=False)
