@@ -101,7 +101,7 @@ def test_rows_without_patch_slots_run_no_audio_part():
     rows = lm_cases.alone(lm_cases.DOCUMENTS[1])
     assert rows.patches_BCGR.shape[1] == 0
     only_llm = {"llm": lm_cases.params()["llm"]}
-    h = lm_cases.MODEL.apply({"params": only_llm}, rows)
+    h = _apply(lm_cases.MODEL, only_llm, rows)
     np.testing.assert_allclose(h, _apply(lm_cases.MODEL, lm_cases.params(), rows), atol=1e-6)
 
 
