@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Puts the names in a folder on disk, so that a file renamed into it is there after a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` to a temporary file beside `path`, flushes it to disk and renames it; missing folders are made.
 
-    After an OSError an existing file at `path` is unchanged.
+    After an OSError the file at `path` is as before, or else complete.
     """
     with atomic_stream(path) as stream:
         stream.write(content)
@@ -31,6 +40,7 @@ def atomic_stream(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
+        sync_folder(file.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

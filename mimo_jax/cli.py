@@ -177,16 +177,13 @@ def _add_train(subparsers: Any) -> None:
         "Train an audio tokenizer or a language model. A run that was interrupted goes on where it was.",
         f"{_OVERRIDES}\nThe workdir gets checkpoints/, metrics.jsonl, tensorboard/, config.json and parameters.txt.\n",
     )
+    add = parser.add_argument
     _config_option(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; made if missing")
-    parser.add_argument(
-        "--distributed", action="store_true", help="one of several processes; TPU pods, Slurm and GKE say which"
-    )
-    parser.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="the same where nothing says which: address of process 0"
-    )
-    parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: number of processes")
-    parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: this process, from 0")
+    add("--workdir", required=True, metavar="DIR", help="folder of the run; made if missing")
+    add("--distributed", action="store_true", help="one of several processes; TPU pods, Slurm and GKE say which")
+    add("--coordinator", metavar="HOST:PORT", help="the same where nothing says which: address of process 0")
+    add("--processes", type=int, metavar="N", help="with --coordinator: number of processes")
+    add("--process", type=int, metavar="I", help="with --coordinator: this process, from 0")
 
 
 def _add_config(subparsers: Any) -> None:
@@ -198,8 +195,9 @@ def _add_config(subparsers: Any) -> None:
         "Print all settings of a job, its parameter counts, FLOPs and token budget. Nothing is compiled or read.",
         _OVERRIDES,
     )
+    add = parser.add_argument
     _config_option(parser)
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    add("--json", action="store_true", help="as JSON")
 
 
 def _add_plan(subparsers: Any) -> None:
@@ -210,9 +208,10 @@ def _add_plan(subparsers: Any) -> None:
         "Predict what a language model job takes of each device's memory. Nothing is compiled or read.",
         "example:\n  mimo-jax plan --config configs/sft.py:7b --devices h100:8 --config.lora.rank=64\n",
     )
+    add = parser.add_argument
     _config_option(parser)
-    parser.add_argument("--devices", required=True, metavar="KIND:N", help="as h100:8, h200:1, v5p:64")
-    parser.add_argument("--json", action="store_true", help="as JSON, in bytes")
+    add("--devices", required=True, metavar="KIND:N", help="as h100:8, h200:1, v5p:64")
+    add("--json", action="store_true", help="as JSON, in bytes")
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -229,27 +228,24 @@ def _add_data(subparsers: Any) -> None:
     group = _group(subparsers, "data", "Make shard sets and look into them.")
 
     def add_ingest_options(parser: argparse.ArgumentParser, records: int) -> None:
-        parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shard set; made if missing")
-        parser.add_argument(
-            "--text-tokenizer", metavar="FILE", help="also compute the lengths index for this tokenizer"
-        )
-        parser.add_argument(
+        add = parser.add_argument
+        add("--out", required=True, metavar="DIR", help="folder of the shard set; made if missing")
+        add("--text-tokenizer", metavar="FILE", help="also compute the lengths index for this tokenizer")
+        add(
             "--records-per-shard",
             type=int,
             default=records,
             metavar="N",
             help="inputs of one shard (default %(default)s)",
         )
-        parser.add_argument(
+        add(
             "--max-skipped",
             type=float,
             default=0.05,
             metavar="SHARE",
             help="share of the inputs that may be broken; they are reported and left out (default %(default)s)",
         )
-        parser.add_argument(
-            "--worker", type=_worker, default=(0, 1), metavar="I/N", help="make only every N-th shard, from I on"
-        )
+        add("--worker", type=_worker, default=(0, 1), metavar="I/N", help="make only every N-th shard, from I on")
 
     parser = _verb(
         group,
@@ -262,23 +258,25 @@ def _add_data(subparsers: Any) -> None:
         '  {"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "audio", "audio": "a.wav"}]}\n'
         "and, from the assistant, `thinking` (true, false, null) and `Chain-of-thought`; see docs/data.md.\n",
     )
+    add = parser.add_argument
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--manifest", metavar="FILE", help="JSONL manifest")
     inputs.add_argument("--conversations", metavar="FILE", help="conversations to fine-tune on, one a line")
-    parser.add_argument("--audio-tokenizer", required=True, metavar="DIR", help="workdir of a tokenizer run")
-    parser.add_argument("--step", type=int, help="checkpoint of the tokenizer (default: the newest)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads that read audio (default 2)")
+    add("--audio-tokenizer", required=True, metavar="DIR", help="workdir of a tokenizer run")
+    add("--step", type=int, help="checkpoint of the tokenizer (default: the newest)")
+    add("--threads", type=int, default=2, metavar="N", help="threads that read audio (default 2)")
     add_ingest_options(parser, 1024)
 
     parser = _verb(group, "ingest-text", verbs.run_data_ingest_text, "Turn text files into a shard set.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text, or .jsonl whose lines have `text`")
-    parser.add_argument(
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="UTF-8 text, or .jsonl whose lines have `text`")
+    add(
         "--split",
         choices=("paragraph", "line", "file"),
         default="paragraph",
         help="what a document of a text file is (default %(default)s)",
     )
-    parser.add_argument("--language", default="", metavar="TAG", help="language of documents that do not say")
+    add("--language", default="", metavar="TAG", help="language of documents that do not say")
     add_ingest_options(parser, 16_384)
 
     parser = _verb(
@@ -287,8 +285,9 @@ def _add_data(subparsers: Any) -> None:
         verbs.run_data_index,
         "Compute the lengths index of shard sets for a text tokenizer. Training needs it.",
     )
-    parser.add_argument("shards", nargs="+", metavar="DIR", help="folders of shard sets")
-    parser.add_argument("--text-tokenizer", required=True, metavar="FILE", help="tokenizer of the language model")
+    add = parser.add_argument
+    add("shards", nargs="+", metavar="DIR", help="folders of shard sets")
+    add("--text-tokenizer", required=True, metavar="FILE", help="tokenizer of the language model")
 
     parser = _verb(
         group,
@@ -297,10 +296,11 @@ def _add_data(subparsers: Any) -> None:
         "Print packed rows readably: documents, text, patches, target weights.",
         "example:\n  mimo-jax data show --config configs/joint.py:tiny --layout tts --rows 1\n",
     )
+    add = parser.add_argument
     _config_option(parser)
-    parser.add_argument("--split", choices=("train", "validation"), default="train", help="default %(default)s")
-    parser.add_argument("--layout", metavar="NAME", help="only documents of this layout, such as asr or tts")
-    parser.add_argument("--rows", type=int, default=1, metavar="N", help="rows to print (default %(default)s)")
+    add("--split", choices=("train", "validation"), default="train", help="default %(default)s")
+    add("--layout", metavar="NAME", help="only documents of this layout, such as asr or tts")
+    add("--rows", type=int, default=1, metavar="N", help="rows to print (default %(default)s)")
 
 
 def _add_text_tokenizer(subparsers: Any) -> None:
@@ -312,44 +312,67 @@ def _add_text_tokenizer(subparsers: Any) -> None:
         "Train a SentencePiece model with the special tokens of the system.",
         "example:\n  mimo-jax text-tokenizer train a.txt data/train.jsonl --vocab-size 1024 --out data/text.model\n",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text, or .jsonl whose lines have `text`")
-    parser.add_argument("--out", required=True, metavar="FILE", help="model to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="UTF-8 text, or .jsonl whose lines have `text`")
+    add("--out", required=True, metavar="FILE", help="model to write")
+    add(
         "--vocab-size",
         type=int,
         default=8192,
         metavar="N",
         help="ids in all, special tokens included (default %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--character-coverage",
         type=float,
         default=0.9995,
         metavar="SHARE",
         help="share of the characters with a piece of their own (default %(default)s)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the draw from a very large corpus (default %(default)s)"
-    )
+    add("--seed", type=int, default=0, help="of the draw from a very large corpus (default %(default)s)")
 
 
-_INPUT_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "audio": ("--input", dict(nargs="+", metavar="FILE", help="recordings; each is a request")),
-    "text": ("--text", dict(action="append", metavar="TEXT", help="what to say or ask; may be given several times")),
-    "instruction": ("--instruction", dict(metavar="TEXT", help="the style, or what the examples do")),
-    "voice": ("--voice", dict(metavar="FILE", help="recording whose voice to take")),
-    "voice_text": ("--voice-text", dict(metavar="TEXT", help="what it says; base prompts need it")),
-    "system": ("--system", dict(metavar="TEXT", help="how the assistant shall behave")),
-    "history": ("--history", dict(metavar="FILE", help="go on from NAME-history.json of an earlier call")),
-    "examples": (
-        "--example",
-        dict(
-            action="append", nargs=3, metavar=("IN", "OUT", "WORDS"), help="two recordings, what OUT says; repeatable"
-        ),
-    ),
-    "thinking": ("--thinking", dict(action="store_true", default=None, help="let it think before it answers")),
-    "template": ("--template", dict(type=int, metavar="N", help="wording of the request (default: drawn by the seed)")),
-}
+# Flags of `generate`: name, where it stands (fields and traits that a task must have, or its name), settings.
+_GENERATE_FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("--checkpoint", "", dict(required=True, metavar="DIR", help="language model: a run or a converted one")),
+    ("--step", "", dict(type=int, help="checkpoint to use (default: the newest)")),
+    ("--audio-tokenizer", "", dict(required=True, metavar="DIR", help="its tokenizer: a run or a converted one")),
+    ("--text-tokenizer", "", dict(metavar="FILE", help="default: the one that the checkpoint names")),
+    ("--out", "", dict(required=True, metavar="DIR", help="folder for wav, txt and json; made if missing")),
+    ("--prompts", "", dict(choices=("chat", "base"), help="what the model was trained on: conversations or plain "
+        "documents (default: as the checkpoint says)")),
+    ("--input", "audio", dict(dest="audio", nargs="+", metavar="FILE", help="recordings; each is a request")),
+    ("--text", "text", dict(action="append", metavar="TEXT", help="what to say or ask; may be given several times")),
+    ("--text-file", "text", dict(action="append", metavar="FILE", help="the same, one line each")),
+    ("--instruction", "instruction", dict(metavar="TEXT", help="the style, or what the examples do")),
+    ("--voice", "voice", dict(metavar="FILE", help="recording whose voice to take")),
+    ("--voice-text", "voice_text", dict(metavar="TEXT", help="what it says; base prompts need it")),
+    ("--system", "system", dict(metavar="TEXT", help="how the assistant shall behave")),
+    ("--history", "history", dict(metavar="FILE", help="go on from NAME-history.json of an earlier call")),
+    ("--example", "examples", dict(dest="examples", action="append", nargs=3, metavar=("IN", "OUT", "WORDS"),
+        help="two recordings, what OUT says; repeatable")),
+    ("--thinking", "thinking", dict(action="store_true", default=None, help="let it think before it answers")),
+    ("--template", "template", dict(type=int, metavar="N", help="wording of the request (default: drawn by the seed); "
+        "base prompts have only one")),
+    ("--prompt-seconds", "continue", dict(type=float, metavar="S", help="only the beginning of each recording")),
+    ("--requests", "", dict(metavar="FILE", help="more requests, of any task: see below")),
+    ("--seed", "", dict(type=int, default=0, help="of the first request; the next ones follow (default 0)")),
+    ("--batch-size", "", dict(type=int, default=8, metavar="N", help="requests at a time (default 8)")),
+    ("--max-new", "", dict(type=int, metavar="N", help="positions of an answer, instead of the limits below")),
+    ("--max-text", "", dict(type=int, metavar="N", help="text tokens of an answer at most (default 256)")),
+    ("--free", "", dict(dest="constrain", action="store_false", default=None,
+        help="also let the model draw ids that its layout has no place for")),
+    ("--text-temperature", "", dict(type=float, metavar="T", help="text sampler; 0 is greedy (as published)")),
+    ("--text-top-k", "", dict(type=int, metavar="K", help="0 is off")),
+    ("--text-top-p", "", dict(type=float, metavar="P", help="0 is off")),
+    ("--max-seconds", "speaks", dict(type=float, metavar="S", help="speech at most (default 20)")),
+    ("--min-seconds", "speaks", dict(type=float, metavar="S", help="answer at least (default 0)")),
+    ("--temperature", "speaks", dict(type=float, metavar="T", help="speech sampler; 0 is greedy (default 0.9)")),
+    ("--top-k", "speaks", dict(type=int, metavar="K", help="0 is off (default)")),
+    ("--top-p", "speaks", dict(type=float, metavar="P", help="0 is off (default 0.95)")),
+    ("--force-text", "speaks text", dict(action="store_true", default=None,
+        help="say exactly the given words, whatever the model says")),
+)  # fmt: skip
 _INPUT_EXAMPLES = {
     "asr": "--input a.wav b.flac",
     "tts": '--text "hello there"',
@@ -386,102 +409,47 @@ def _add_generate(subparsers: Any) -> None:
         epilog = f"example:\n  {example} \\\n      {_INPUT_EXAMPLES[name]}\n{_REQUESTS}"
         parser = _verb(group, name, verbs.run_generate, task.summary, epilog)
         parser.set_defaults(task=name)
-        _add_generate_options(parser, task)
-
-
-def _add_generate_options(parser: argparse.ArgumentParser, task: Any) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="language model: a run or a converted one")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
-    parser.add_argument(
-        "--audio-tokenizer", required=True, metavar="DIR", help="its tokenizer: a run or a converted one"
-    )
-    parser.add_argument("--text-tokenizer", metavar="FILE", help="default: the one that the checkpoint names")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for wav, txt and json; made if missing")
-    parser.add_argument(
-        "--prompts",
-        choices=("chat", "base"),
-        help="what the model was trained on: conversations or plain documents (default: as the checkpoint says)",
-    )
-    for field in task.needs + task.takes:
-        if field in _INPUT_FLAGS:
-            flag, settings = _INPUT_FLAGS[field]
-            parser.add_argument(flag, dest=field, **settings)
-    if "text" in task.needs:
-        parser.add_argument("--text-file", action="append", metavar="FILE", help="the same, one line each")
-    if "audio" in task.needs and task.speaks and "instruction" not in task.needs and not task.converses:
-        parser.add_argument("--prompt-seconds", type=float, metavar="S", help="only the beginning of each recording")
-    parser.add_argument(
-        "--requests",
-        metavar="FILE",
-        help="more requests, of any task: see below",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first request; the next ones follow (default 0)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests at a time (default 8)")
-    parser.add_argument("--max-new", type=int, metavar="N", help="positions of an answer, instead of the limits below")
-    parser.add_argument("--max-text", type=int, metavar="N", help="text tokens of an answer at most (default 256)")
-    parser.add_argument(
-        "--free",
-        dest="constrain",
-        action="store_false",
-        default=None,
-        help="also let the model draw ids that its layout has no place for",
-    )
-    parser.add_argument("--text-temperature", type=float, metavar="T", help="text sampler; 0 is greedy (as published)")
-    parser.add_argument("--text-top-k", type=int, metavar="K", help="0 is off")
-    parser.add_argument("--text-top-p", type=float, metavar="P", help="0 is off")
-    if not task.speaks:
-        return
-    parser.add_argument("--max-seconds", type=float, metavar="S", help="speech at most (default 20)")
-    parser.add_argument("--min-seconds", type=float, metavar="S", help="answer at least (default 0)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="speech sampler; 0 is greedy (default 0.9)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (default)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="0 is off (default 0.95)")
-    if "text" in task.needs:
-        parser.add_argument(
-            "--force-text",
-            action="store_true",
-            default=None,
-            help="say exactly the given words, whatever the model says",
-        )
+        traits = {name, *task.needs, *task.takes, *(["speaks"] if task.speaks else [])}
+        for flag, where, settings in _GENERATE_FLAGS:
+            if set(where.split()) <= traits:
+                parser.add_argument(flag, **settings)
 
 
 def _add_codec(subparsers: Any) -> None:
     group = _group(subparsers, "codec", "Encode recordings with an audio tokenizer, and decode them.")
 
     def add_options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--audio-tokenizer", required=True, metavar="DIR", help="a tokenizer run or a converted one"
-        )
-        parser.add_argument("--step", type=int, help="checkpoint of the tokenizer (default: the newest)")
-        parser.add_argument("--out", required=True, metavar="DIR", help="folder of the files; made if missing")
+        add = parser.add_argument
+        add("--audio-tokenizer", required=True, metavar="DIR", help="a tokenizer run or a converted one")
+        add("--step", type=int, help="checkpoint of the tokenizer (default: the newest)")
+        add("--out", required=True, metavar="DIR", help="folder of the files; made if missing")
 
     parser = _verb(group, "encode", verbs.run_codec_encode, "Turn recordings into RVQ codes, NAME.npz.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="recordings")
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="recordings")
     add_options(parser)
-    parser.add_argument("--levels", type=int, metavar="R", help="keep only the first R levels (default: all)")
-    parser.add_argument(
+    add("--levels", type=int, metavar="R", help="keep only the first R levels (default: all)")
+    add(
         "--segment-seconds",
         type=float,
         default=60.0,
         metavar="S",
         help="encode in independent segments (default 60, as published; its evaluation suite and toolkit: 30)",
     )
-    parser.add_argument(
-        "--reference-quirks", action="store_true", help="with the batching artefacts of the released code"
-    )
+    add("--reference-quirks", action="store_true", help="with the batching artefacts of the released code")
 
     parser = _verb(group, "decode", verbs.run_codec_decode, "Turn files of codes into recordings, NAME-decoded.wav.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="files that `codec encode` has made")
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="files that `codec encode` has made")
     add_options(parser)
-    parser.add_argument(
+    add(
         "--stream",
         action="store_true",
-        help="as if the codes were coming in. A tokenizer of decoder_norm `frame` gives the same wave; the published "
-        "norm, over the whole sequence, another, as in the released streaming decoder",
+        help="as if the codes were coming in; says how far it looks ahead. A tokenizer of decoder_norm `frame` gives "
+        "the same wave; the published norm, over the whole sequence, another, as in the released streaming decoder: "
+        "how far off is measured on the first 60 s of each file, which are decoded twice more for it, and said",
     )
-    parser.add_argument(
-        "--chunk-seconds", type=float, default=1.0, metavar="S", help="with --stream: audio of a step (default 1)"
-    )
+    add("--chunk-seconds", type=float, default=1.0, metavar="S", help="with --stream: audio of a step (default 1)")
 
 
 def _bytes(text: str) -> int:
@@ -508,19 +476,20 @@ def _add_convert(subparsers: Any) -> None:
         "a text model (Qwen2, MiMo-7B, Llama) becomes the LLM of a new audio language model, to start a run from with\n"
         "--config.init_from. Memory is that of one layer, whatever the size.\n",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source", metavar="SOURCE", help="folder with config.json and safetensors; or workdir of a run, or a checkpoint"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; nothing is overwritten")
-    parser.add_argument(
+    add("--out", required=True, metavar="DIR", help="folder to make; nothing is overwritten")
+    add(
         "--like",
         default="",
         metavar="FILE:SIZE",
         help="for a text model: config whose patch encoder and decoder it gets",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of those (default %(default)s)")
-    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
-    parser.add_argument(
+    add("--seed", type=int, default=0, help="of those (default %(default)s)")
+    add("--step", type=int, help="checkpoint of a run (default: the newest)")
+    add(
         "--shard-size",
         type=_bytes,
         default="5GB",
@@ -537,9 +506,10 @@ def _add_parity(subparsers: Any) -> None:
         "Compare everything with the arrays of the reference implementation; exit status 1 if one differs.",
         "example:\n  mimo-jax parity ../shared/parity --only tokenizer/tok_a,sampler --json parity.json\n",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="with manifest.json and the arrays that it lists")
-    parser.add_argument("--only", default="", metavar="NAME,...", help="files that begin so, as tokenizer/tok_a")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="with manifest.json and the arrays that it lists")
+    add("--only", default="", metavar="NAME,...", help="files that begin so, as tokenizer/tok_a")
+    add("--json", metavar="FILE", help="write the table as JSON too")
 
 
 def _add_quickstart(subparsers: Any) -> None:
@@ -549,10 +519,9 @@ def _add_quickstart(subparsers: Any) -> None:
         verbs.run_quickstart,
         "Run the whole path on a small corpus: tokenizer, shards, both language model stages, generation, report.",
     )
-    parser.add_argument("--out", default="runs/quickstart", metavar="DIR", help="default %(default)s")
-    parser.add_argument(
-        "--audio", action="append", metavar="DIR", help="also use your own recordings in this folder; repeatable"
-    )
+    add = parser.add_argument
+    add("--out", default="runs/quickstart", metavar="DIR", help="default %(default)s")
+    add("--audio", action="append", metavar="DIR", help="also use your own recordings in this folder; repeatable")
 
     group = _group(subparsers, "prepare", "Prepare public corpora.")
     parser = _verb(
@@ -562,11 +531,12 @@ def _add_quickstart(subparsers: Any) -> None:
         "Make manifests of the recorded speech in Debian packages (about 230 minutes, transcribed).",
         "packages:\n  apt-get install asterisk-core-sounds-{en,es,fr,it,ru}{,-g722} festvox-ru\n",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for wav files and manifests")
-    parser.add_argument("--root", default="/", metavar="DIR", help="where the packages are installed or unpacked")
-    parser.add_argument("--language", action="append", metavar="TAG", help="only these Asterisk languages; repeatable")
-    parser.add_argument("--no-festvox", action="store_true", help="leave festvox-ru out")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="folder for wav files and manifests")
+    add("--root", default="/", metavar="DIR", help="where the packages are installed or unpacked")
+    add("--language", action="append", metavar="TAG", help="only these Asterisk languages; repeatable")
+    add("--no-festvox", action="store_true", help="leave festvox-ru out")
+    add(
         "--min-characters", type=int, default=1, metavar="N", help="leave shorter transcripts out (default %(default)s)"
     )
 

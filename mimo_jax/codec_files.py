@@ -10,8 +10,8 @@ import functools
 import io
 import os
 import sys
-import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,31 +23,49 @@ from mimo_jax.audio.files import load_audio, save_wav_pieces
 from mimo_jax.config import ConfigError
 from mimo_jax.data.records import DataError
 from mimo_jax.models.tokenizer.codec import Codec
-from mimo_jax.models.tokenizer.streaming import stream_decode
-from mimo_jax.training.metrics import clock
+from mimo_jax.models.tokenizer.streaming import CodecStream, stream_deviation
+from mimo_jax.progress import Meter, clock
+
+# Of the arrays in a file: axes, dtype, and what they are for people.
+_ARRAYS = {
+    "codes": (2, np.uint16, "uint16 [M, R]"),
+    "samples": (0, np.integer, "an integer"),
+    "segment_seconds": (0, np.floating, "a number"),
+    "quirks": (0, np.bool_, "a bool"),
+    "fingerprint": (0, np.str_, "a text"),
+}
+# Streaming is compared with decoding at once on so much of a file at most.
+_COMPARED_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class CodesFile:
-    """What a file of codes holds; see the head of this module."""
+    """What a file of codes holds; see the head of this module.
 
-    codes_MR: np.ndarray
+    Raises:
+        DataError: a field is impossible.
+    """
+
+    codes: np.ndarray
     samples: int
     segment_seconds: float
     quirks: bool
     fingerprint: str
 
+    def __post_init__(self) -> None:
+        for name, (axes, dtype, expected) in _ARRAYS.items():
+            value = np.asarray(getattr(self, name))
+            if value.ndim != axes or not np.issubdtype(value.dtype, dtype):
+                raise DataError(f"{name}: expected {expected}, got {value.dtype} {value.shape}")
+        if self.samples < 0:
+            raise DataError(f"samples: expected a number of samples, got {self.samples}")
+        if not 1 <= self.segment_seconds <= 3600:
+            raise DataError(f"segment_seconds: expected 1..3600, got {self.segment_seconds}")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file, atomically."""
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            codes=self.codes_MR,
-            samples=self.samples,
-            segment_seconds=self.segment_seconds,
-            quirks=self.quirks,
-            fingerprint=self.fingerprint,
-        )
+        np.savez_compressed(buffer, **vars(self))
         atomic_write(path, buffer.getvalue())
 
     @staticmethod
@@ -60,13 +78,13 @@ class CodesFile:
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                codes_MR, samples, seconds = arrays["codes"], int(arrays["samples"]), float(arrays["segment_seconds"])
-                quirks, fingerprint = bool(arrays["quirks"]), str(arrays["fingerprint"])
-        except (KeyError, TypeError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+                values = {name: arrays[name] for name in _ARRAYS}
+        except (KeyError, TypeError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path}: expected a file of codes, as `codec encode` writes it ({error})") from None
-        if codes_MR.ndim != 2 or codes_MR.dtype != np.uint16:
-            raise DataError(f"{path}: expected codes uint16 [M, R], got {codes_MR.dtype} {codes_MR.shape}")
-        return CodesFile(codes_MR, samples, seconds, quirks, fingerprint)
+        try:
+            return CodesFile(**{name: x if x.ndim else x.item() for name, x in values.items()})
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
 
 
 def encode_files(files: Sequence[str], codec: Codec, out: str, num_levels: int | None = None) -> list[Path]:
@@ -98,12 +116,13 @@ def decode_files(
         files: files of codes.
         load: from the keywords `segment_seconds` and `reference_quirks` to a codec.
         out: folder, made if missing.
-        chunk_seconds: decode in steps of this length, as if the codes were coming in; with the published norm that
-            gives another wave. By default segments are decoded whole.
+        chunk_seconds: decode in steps of this length, as if the codes were coming in, and say how far streaming looks
+            ahead; with the published norm it gives another wave, and how far the first minute is off is measured and
+            said too. By default segments are decoded whole.
 
     Raises:
         ConfigError: two files have one name, or the codes are another tokenizer's.
-        DataError: a file is none of codes.
+        DataError: a file is none of codes, or holds codes that the tokenizer has not.
     """
     paths = _outputs(files, out, "-decoded.wav")
     contents = [CodesFile.load(file) for file in files]  # faults are found before the work
@@ -114,14 +133,33 @@ def decode_files(
             raise ConfigError(
                 f"{file}: expected codes of the audio tokenizer {codec.fingerprint}, got {content.fingerprint}"
             )
+        longest = len(content.codes) * codec.config.samples_per_code
+        if content.samples > longest:
+            raise DataError(f"{file}: samples: expected at most {longest}, as the codes give, got {content.samples}")
+        try:
+            codec.check_codes(content.codes)
+        except ValueError as error:
+            raise DataError(f"{file}: {error}") from None
     for path, file, content, codec in zip(paths, files, contents, codecs, strict=True):
         rate, step = codec.config.mel.sample_rate, codec.segment_codes
+        stream = None
         if chunk_seconds is not None:
             step = max(1, round(chunk_seconds * codec.config.frame_rate))
-        parts = (content.codes_MR[first : first + step] for first in range(0, len(content.codes_MR), step))
-        waves = map(codec.decode, parts) if chunk_seconds is None else stream_decode(codec, parts, step)
+            stream = CodecStream(codec, step)
+            print(f"decode {file}: streamed, looking {stream.look_ahead_seconds:.2f} s ahead", file=sys.stderr)
+        parts = (content.codes[first : first + step] for first in range(0, len(content.codes), step))
+        waves = stream.decode(parts) if stream else map(codec.decode, parts)
         waves = _reported(waves, f"decode {file}", content.samples / rate, rate)
         save_wav_pieces(path, _cropped(waves, content.samples), rate)
+        if stream and codec.config.decoder_norm == "sequence" and len(content.codes):
+            compared = content.codes[: round(_COMPARED_SECONDS * codec.config.frame_rate)]
+            off = stream_deviation(codec, compared, step)
+            print(
+                f"decode {file}: decoder_norm `sequence` sees less when streamed; the first "
+                f"{len(compared) / codec.config.frame_rate:.1f} s differ from decoding at once by at most "
+                f"{off.max_abs:.3g}, RMS {off.rms:.3g} (signal {off.signal_rms:.3g})",
+                file=sys.stderr,
+            )
     return paths
 
 
@@ -140,19 +178,10 @@ def _cropped(waves: Iterable[np.ndarray], samples: int) -> Iterator[np.ndarray]:
 
 def _reported(parts: Iterable[np.ndarray], name: str, total: float, rate: float) -> Iterator[np.ndarray]:
     """The same parts, `rate` entries a second; says on stderr, every 5 s, how many of `total` seconds are done."""
-    done, start = 0.0, time.monotonic()
-    last = start
-
-    def say() -> None:
-        speed = done / max(now - start, 1e-9)
-        left = clock((total - done) / max(speed, 1e-9))
-        print(f"{name}: {clock(done)} of {clock(total)}, {speed:.1f} x real time, ETA {left}", file=sys.stderr)
-
+    meter = Meter(total, lambda done, speed: f"{name}: {clock(done)} of {clock(total)}, {speed:.1f} x real time")
+    left = total
     for part in parts:
         yield part
-        done, now = min(done + len(part) / rate, total), time.monotonic()
-        if now - last > 5:
-            last = now
-            say()
-    now = time.monotonic()
-    say()
+        meter.step(done := min(len(part) / rate, left))
+        left -= done
+    meter.say()

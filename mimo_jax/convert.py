@@ -18,10 +18,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
-import sys
-import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mimo_jax.atomic import atomic_write
+from mimo_jax.atomic import atomic_write, sync_folder
 from mimo_jax.config import (
     AudioLMConfig,
     AudioTokenizerConfig,
@@ -45,8 +45,10 @@ from mimo_jax.interop.arrays import ArrayInfo, ArrayReader, ArrayWriter, Place
 from mimo_jax.interop.names import Tensor
 from mimo_jax.interop.safetensors import INDEX, SINGLE, Reader, Writer, describe
 from mimo_jax.models.audio_lm import GROUPS, init_params
+from mimo_jax.progress import Meter
 from mimo_jax.text.tokenizers import SPECIAL_TOKENS, HuggingFaceTokenizer, load_text_tokenizer
 from mimo_jax.training import checkpoint, lora
+from mimo_jax.trees import flatten
 
 ASSETS = "assets"
 BLOCK_BYTES = 64 << 20  # of a table; a layer's matrix is a few of these at most
@@ -119,40 +121,31 @@ def _packed(x: np.ndarray) -> np.ndarray:
     return out.view(x.dtype)
 
 
-def _by_path(tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    out: dict[str, list[Tensor]] = {}
+def _by_path(tensors: Sequence[Tensor]) -> Mapping[str, list[Tensor]]:
+    out = defaultdict(list)
     for tensor in tensors:
-        out.setdefault(tensor.path, []).append(tensor)
+        out[tensor.path].append(tensor)
     return out
 
 
-class _Meter:
-    """Progress on stderr: bytes done, rate, time left."""
+def _meter(out: Path, total: int, on: bool) -> Meter:
+    def line(done: float, rate: float) -> str:
+        return f"convert: {out}: {done / 1e9:.1f}/{total / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s"
 
-    def __init__(self, out: Path, total: int, on: bool) -> None:
-        self._out, self._total, self._on, self._done = out, total, on, 0
-        self._start = self._last = time.monotonic()
-
-    def step(self, nbytes: int) -> None:
-        self._done += nbytes
-        now = time.monotonic()
-        if self._on and now - self._last >= 5.0:
-            self._last = now
-            rate = self._done / (now - self._start)
-            left = int((self._total - self._done) / rate)
-            print(
-                f"convert: {self._out}: {self._done / 1e9:.1f}/{self._total / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s, "
-                f"ETA {left // 60}:{left % 60:02d}",
-                file=sys.stderr,
-            )
+    return Meter(total, line, on)
 
 
 @contextlib.contextmanager
 def _new_folder(out: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary folder that becomes `out` at the end, or vanishes."""
+    """A temporary folder that becomes `out` at the end, or vanishes. What killed calls have left is removed."""
     if os.path.lexists(out):
         raise ConfigError(f"{out}: expected the name of a new folder, this one exists")
     out.parent.mkdir(parents=True, exist_ok=True)
+    leftover = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{32}}\.tmp")
+    for path in out.parent.iterdir():
+        if leftover.fullmatch(path.name):
+            with contextlib.suppress(OSError), _locked(path):
+                shutil.rmtree(path)
     disk = shutil.disk_usage(out.parent)
     nbytes += 64 << 20  # for the small files
     if disk.total and disk.free < nbytes:
@@ -162,11 +155,28 @@ def _new_folder(out: Path, nbytes: int) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
-        os.rename(temporary, out)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a file system without locks, on which nobody removes leftovers
+                stack.enter_context(_locked(temporary))
+            yield temporary
+            os.rename(temporary, out)
+            sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which ends with the process; OSError if a process that lives holds it."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -174,27 +184,16 @@ def _new_folder(out: Path, nbytes: int) -> Iterator[Path]:
 
 
 class _Plan(NamedTuple):
-    """What an import makes.
-
-    Attributes:
-        config: for the checkpoint's meta.
-        groups: those that are trained.
-        tensors: to be read.
-        shapes: of our arrays; text tables may have more rows than their tensors.
-        fresh: arrays that no tensor gives.
-        tokenizer: tokenizer.json, where it is not that of the folder.
-        ignored: patterns of tensors that ours has no use for.
-        notes: see `Converted`.
-    """
+    """What an import makes."""
 
     config: TokenizerModelConfig | LMModelConfig
-    groups: list[str]
-    tensors: list[Tensor]
-    shapes: Mapping[str, names.Shape]
-    fresh: Mapping[str, np.ndarray] = {}
-    tokenizer: bytes = b""
-    ignored: Sequence[str] = ()
-    notes: Sequence[str] = ()
+    groups: list[str]  # those that are trained
+    tensors: list[Tensor]  # to be read
+    shapes: Mapping[str, names.Shape]  # of our arrays; text tables may have more rows than their tensors
+    fresh: Mapping[str, np.ndarray] = {}  # arrays that no tensor gives
+    tokenizer: bytes = b""  # tokenizer.json, where it is not that of the folder
+    ignored: Sequence[str] = ()  # patterns of tensors that ours has no use for
+    notes: Sequence[str] = ()  # see `Converted`
 
 
 def import_published(
@@ -235,7 +234,7 @@ def import_published(
         prefix = _TOKENIZER_PREFIX if isinstance(plan.config, TokenizerModelConfig) else "params/"
         ours = {path: path.replace("params/", prefix, 1) for path in infos}
         with _new_folder(out, nbytes) as folder:
-            meter = _Meter(out, nbytes, progress)
+            meter = _meter(out, nbytes, progress)
             writer = ArrayWriter(folder / "variables", {ours[path]: info for path, info in infos.items()})
             for path, x in plan.fresh.items():
                 writer.write(ours[path], (), x)
@@ -251,8 +250,8 @@ def import_published(
             text_tokenizer = assets.get(Path(getattr(plan.config, "text_tokenizer", "")).name)
             fingerprint = {"text_tokenizer": hashlib.sha256(text_tokenizer).hexdigest()[:16]} if text_tokenizer else {}
             meta = checkpoint.make_meta(0, plan.config, {}, fingerprint, plan.groups, {})
-            _write_files(folder / ASSETS, assets)
-            _write_files(folder / "meta", {"metadata": json.dumps(meta).encode()})
+            files = {f"{ASSETS}/{name}": content for name, content in assets.items()}
+            _write_files(folder, files | {"meta/metadata": json.dumps(meta).encode()})
             checkpoint.write_marker(folder)
     left_out = [f"left out, since they lack the new special tokens: {', '.join(stale)}"] if stale else []
     return Converted(len(plan.tensors), nbytes, [*plan.notes, *left_out])
@@ -280,7 +279,6 @@ def _assets(folder: Path, names: Sequence[str] = _ASSETS) -> dict[str, bytes]:
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    folder.mkdir(exist_ok=True)
     for name, content in files.items():
         atomic_write(folder / name, content)
 
@@ -339,8 +337,8 @@ def _plan_text_lm(source: Path, reader: Reader, like: str, seed: int) -> _Plan:
     tied = tied and "lm_head.weight" not in reader.entries
     tensors = names.tensors(names.TIED_LLM_RULES if tied else names.LLM_RULES, ours)
     compute = _compute(reader, "model.embed_tokens.weight")
-    old = _flat(job.model)
-    changed = [f"--config.model.{key}={value}" for key, value in _flat(model).items() if value != old[key]]
+    old = _settings(job.model)
+    changed = [f"--config.model.{key}={value}" for key, value in _settings(model).items() if value != old[key]]
     notes = {
         f"new special tokens: {', '.join(f'{token} {special[token]}' for token in added)}": added,
         f"the text tables have {vocab_size} rows now; the new ones are the mean of the {rows}": vocab_size > rows,
@@ -359,9 +357,9 @@ def _plan_text_lm(source: Path, reader: Reader, like: str, seed: int) -> _Plan:
     )
 
 
-def _flat(model: AudioLMConfig) -> dict[str, Any]:
-    flat = {key.replace("/", "."): value for key, value in published.flat(dataclasses.asdict(model)).items()}
-    return {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in flat.items()}
+def _settings(model: AudioLMConfig) -> dict[str, Any]:
+    settings = flatten(dataclasses.asdict(model), ".")
+    return {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def _with_special_tokens(path: Path) -> tuple[bytes, dict[str, int], list[str]]:
@@ -390,7 +388,7 @@ def _fresh_codec(model: AudioLMConfig, compute: ComputeConfig, seed: int) -> dic
         params = init_params(model, compute, key)["params"]  # XLA leaves out the LLM, which nobody asks for
         return {"params": {group: params[group] for group in ("patch_encoder", "patch_decoder")}}
 
-    return published.flat(jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(seed))))
+    return flatten(jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(seed))))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -417,7 +415,7 @@ class _Variables:
             self._stored = {p.replace(_TOKENIZER_PREFIX, "params/"): p for p in self.infos if p.startswith(kept)}
             self.infos = {path: self.infos[p] for path, p in self._stored.items()}
             if "buffers/istft_window" not in self.infos:
-                self._made = published.flat({"buffers": published.default_buffers(config.model)})
+                self._made = flatten({"buffers": published.default_buffers(config.model)})
                 self.infos |= {path: ArrayInfo(x.dtype, x.shape, x.shape) for path, x in self._made.items()}
 
     def read(self, path: str, place: Place = ()) -> np.ndarray:
@@ -434,7 +432,7 @@ class _Variables:
         layer: Place = (slice(place[0], place[0] + 1),) if place and isinstance(place[0], int) else ()
         learnt = {branch: self._own.read(branch, layer) for branch in branches}
         merged = lora.merge_lora(self._lora, {path: self._base.read(path, layer)}, learnt)
-        return np.asarray(lora.flatten(merged)[path])[(0, *place[1:]) if layer else place]
+        return np.asarray(flatten(merged)[path])[(0, *place[1:]) if layer else place]
 
 
 def export_published(
@@ -477,7 +475,7 @@ def export_published(
     widest = max((dtype for path, dtype in dtypes.items() if path.startswith("params/")), key=lambda d: d.itemsize)
     files = _files_beside(step_dir, config, meta["data_fingerprint"], widest.name)
     with _new_folder(out, nbytes) as folder:
-        meter = _Meter(out, nbytes, progress)
+        meter = _meter(out, nbytes, progress)
         with Writer(folder, {t.name: (dtypes[t.path], t.shape) for t in tensors}, shard_bytes) as writer:
             for path, parts in _by_path(tensors).items():
                 for place, block in _blocks(parts, dtypes[path].itemsize):

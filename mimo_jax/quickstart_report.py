@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimo_jax.audio.files import load_audio
+from mimo_jax.progress import clock
 from mimo_jax.report import (
     Block,
     Cell,
@@ -23,7 +24,6 @@ from mimo_jax.report import (
     line_chart,
 )
 from mimo_jax.training import metrics
-from mimo_jax.training.metrics import clock
 
 if TYPE_CHECKING:
     from mimo_jax.quickstart import Stage

@@ -25,6 +25,7 @@ from mimo_jax.config import (
     TrainingConfig,
 )
 from mimo_jax.config_files import load_config
+from mimo_jax.progress import Meter
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -68,11 +69,15 @@ def run_config_show(options: argparse.Namespace) -> None:
 def run_plan(options: argparse.Namespace) -> None:
     from mimo_jax.training.memory import plan_memory
 
+    plan = plan_memory(_language_model_job(options), options.devices)
+    print(json.dumps(plan.to_json(), indent=1) if options.json else plan)
+
+
+def _language_model_job(options: argparse.Namespace) -> LMTrainConfig:
     config = load_config(options.config, options.overrides)
     if not isinstance(config, LMTrainConfig):
         raise ConfigError(f"--config={options.config}: expected a language model job, got job {config.job}")
-    plan = plan_memory(config, options.devices)
-    print(json.dumps(plan.to_json(), indent=1) if options.json else plan)
+    return config
 
 
 def flat_settings(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -128,38 +133,36 @@ def derived_figures(config: TrainingConfig) -> dict[str, int | float]:
 def run_data_ingest(options: argparse.Namespace) -> None:
     from mimo_jax.data.ingest import ingest_audio, ingest_conversations
     from mimo_jax.loading import load_codec
-    from mimo_jax.text.tokenizers import load_text_tokenizer
 
-    text_tokenizer = load_text_tokenizer(options.text_tokenizer) if options.text_tokenizer else None
+    shared = _ingest_settings(options)
     ingest = ingest_conversations if options.conversations else ingest_audio
     done = ingest(
         options.conversations or options.manifest,
         load_codec(options.audio_tokenizer, options.step),
         options.out,
-        text_tokenizer=text_tokenizer,
-        records_per_shard=options.records_per_shard,
-        max_skipped=options.max_skipped,
-        worker=options.worker,
         threads=options.threads,
+        **shared,
     )
     _say_ingested(done, options.out)
 
 
 def run_data_ingest_text(options: argparse.Namespace) -> None:
     from mimo_jax.data.ingest import ingest_text
+
+    shared = _ingest_settings(options)
+    done = ingest_text(options.files, options.out, split=options.split, language=options.language, **shared)
+    _say_ingested(done, options.out)
+
+
+def _ingest_settings(options: argparse.Namespace) -> dict[str, Any]:
     from mimo_jax.text.tokenizers import load_text_tokenizer
 
-    done = ingest_text(
-        options.files,
-        options.out,
-        split=options.split,
-        language=options.language,
-        text_tokenizer=load_text_tokenizer(options.text_tokenizer) if options.text_tokenizer else None,
-        records_per_shard=options.records_per_shard,
-        max_skipped=options.max_skipped,
-        worker=options.worker,
-    )
-    _say_ingested(done, options.out)
+    return {
+        "text_tokenizer": load_text_tokenizer(options.text_tokenizer) if options.text_tokenizer else None,
+        "records_per_shard": options.records_per_shard,
+        "max_skipped": options.max_skipped,
+        "worker": options.worker,
+    }
 
 
 def _say_ingested(done: Any, out: str) -> None:
@@ -182,10 +185,7 @@ def run_data_index(options: argparse.Namespace) -> None:
 def run_data_show(options: argparse.Namespace) -> None:
     from mimo_jax.data.show import show_rows
 
-    config = load_config(options.config, options.overrides)
-    if not isinstance(config, LMTrainConfig):
-        raise ConfigError(f"--config={options.config}: expected a language model job, got job {config.job}")
-    print(show_rows(config, options.split, options.rows, options.layout))
+    print(show_rows(_language_model_job(options), options.split, options.rows, options.layout))
 
 
 def run_text_tokenizer_train(options: argparse.Namespace) -> None:
@@ -227,24 +227,21 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    from mimo_jax.generation.app import GenerationSettings, run_tasks
-    from mimo_jax.generation.outputs import write_outputs
-    from mimo_jax.generation.requests import SETTINGS, apply_settings, check_request, make_requests, output_names
+    from mimo_jax.generation.app import GenerationSettings, run_batches
+    from mimo_jax.generation.generate import Timing
+    from mimo_jax.generation.outputs import check_names, write_output, write_record
+    from mimo_jax.generation.requests import SETTINGS, apply_settings, make_requests, output_names
     from mimo_jax.generation.tasks import TASKS
     from mimo_jax.loading import load_speech_model
 
-    task, settings = (
-        options.task,
-        apply_settings(
-            GenerationSettings(batch_size=options.batch_size), {key: getattr(options, key, None) for key in SETTINGS}
-        ),
-    )
+    changes = {key: getattr(options, key, None) for key in SETTINGS}
+    settings = apply_settings(GenerationSettings(batch_size=options.batch_size), changes)
     seconds = getattr(options, "prompt_seconds", None)
     if seconds is not None and not 0 < seconds < math.inf:
         raise ConfigError(f"--prompt-seconds: expected a positive number, got {seconds}")
     inputs = _generate_inputs(options)
-    for request in inputs:
-        check_request(request)
+    names = output_names(inputs)
+    check_names(names)
     Path(options.out).mkdir(parents=True, exist_ok=True)  # before the work is done that goes there
     model = load_speech_model(
         options.checkpoint,
@@ -254,16 +251,22 @@ def run_generate(options: argparse.Namespace) -> None:
         speaks=any(TASKS[request["task"]].speaks for request in inputs),
         prompts=options.prompts,
     )
-    names = output_names(inputs)
     requests = make_requests(inputs, model, settings, seconds)
-    outputs, timing = run_tasks(model, requests, settings)
-    asked = [request.get("audio", request.get("text", "")) for request in inputs]
-    path = write_outputs(options.out, task, model, outputs, timing, settings, names, asked)
     rate = model.codec.config.mel.sample_rate
-    for name, output in zip(names, outputs, strict=True):
-        ended = "ended by the model" if output.stopped else "cut at the limit"
-        spoken = f"{len(output.wav) / rate:.2f} s of speech, " if TASKS[output.task].speaks else ""
-        print(f"{name}: {spoken}{ended}{f': {output.text}' if output.text else ''}")
+    meter = Meter(len(inputs), lambda done, _: f"generate: {done:.0f} of {len(inputs)} requests", every=0.0)
+    items: dict[int, dict[str, Any]] = {}
+    timing = Timing()
+    for batch in run_batches(model, requests, settings):  # what is done is written: an interruption loses one batch
+        timing += batch.timing
+        for number, output in zip(batch.numbers, batch.outputs, strict=True):
+            name, asked = names[number], inputs[number].get("audio", inputs[number].get("text", ""))
+            items[number] = write_output(options.out, name, output, asked, model, settings)
+            ended = "ended by the model" if output.stopped else "cut at the limit"
+            spoken = f"{len(output.wav) / rate:.2f} s of speech, " if TASKS[output.task].speaks else ""
+            print(f"{name}: {spoken}{ended}{f': {output.text}' if output.text else ''}", flush=True)
+        done = [items[number] for number in sorted(items)]
+        path = write_record(options.out, options.task, model, done, timing, settings)
+        meter.step(len(batch.numbers))
     speed = f"{timing.positions} positions in {timing.decode_seconds:.2f} s"
     if timing.real_time_factor is not None:
         speed += f", {timing.patches_per_second:.1f} patches/s, real-time factor {timing.real_time_factor:.2f}"
@@ -272,8 +275,8 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def _generate_inputs(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is asked for on the command line: one request for each recording, or for each text."""
-    from mimo_jax.generation.requests import read_requests
+    """What is asked for on the command line, checked: one request for each recording, or for each text."""
+    from mimo_jax.generation.requests import check_request, read_requests
     from mimo_jax.generation.tasks import TASKS
 
     task = TASKS[options.task]
@@ -293,6 +296,8 @@ def _generate_inputs(options: argparse.Namespace) -> list[dict[str, Any]]:
         inputs = [{**one, "audio": path, **text} for path in options.audio or [] for text in asked]
     else:
         inputs = [{**one, "text": text} for text in texts]
+    for request in inputs:
+        check_request(request)
     if options.requests:
         inputs += read_requests(options.requests, options.task)
     if not inputs:

@@ -15,6 +15,7 @@ from mimo_jax import cli, verbs
 from mimo_jax import config as c
 from mimo_jax import config_files as files
 from mimo_jax.audio.files import AudioError, load_audio, save_wav
+from mimo_jax.generation.generate import Generator
 from mimo_jax.generation.tasks import TASKS
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training.checkpoint import CheckpointStore, make_meta
@@ -343,6 +344,25 @@ def test_tts_and_asr_write_their_records(home, capsys):
     record = json.loads((home / "out" / "asr" / "asr.json").read_text())
     assert record["items"][0]["positions"] <= 8 and record["settings"]["max_text"] == 8
     assert "patches/s" not in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_an_interruption_loses_only_the_batch_that_ran(home, capsys, monkeypatch):
+    ours, calls = Generator.generate, iter(range(9))
+
+    def interrupted(*arguments):
+        if next(calls):
+            raise KeyboardInterrupt
+        return ours(*arguments)
+
+    monkeypatch.setattr(Generator, "generate", interrupted)
+    arguments = ["--prompts", "chat", "--max-text", 4, "--batch-size", 1, "--text", "quiet rivers", "--text", "owls"]
+    assert generate(home, "chat", *arguments) == 130
+    progress, end = capsys.readouterr().err.splitlines()[-2:]
+    assert progress.startswith("generate: 1 of 2 requests, ETA ") and end == "interrupted"
+    out = home / "out" / "chat"
+    (item,) = json.loads((out / "chat.json").read_text())["items"]
+    assert item["input"] == "owls" and item["files"]["history"] == "chat-1-history.json"  # the shorter prompt is first
+    assert sorted(path.name for path in out.iterdir()) == sorted(["chat.json", *item["files"].values()])
 
 
 def test_a_conversation_goes_on_and_takes_more_requests(home, capsys):

@@ -32,7 +32,7 @@ LAYERS = (
     ("audio", "text"),
     ("presets",),
     ("config_files",),
-    ("atomic", "config", "rows", "kernels"),
+    ("atomic", "config", "rows", "trees", "progress", "kernels"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from mimo_jax.data.shards import (
     write_file,
     write_shard,
 )
+from mimo_jax.progress import Meter
 
 _WORK = ".ingest"
 _SHOWN_SKIPS = 10
@@ -68,6 +69,15 @@ class _Tally:
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     skipped: list[Skip] = dataclasses.field(default_factory=list)
 
+    @classmethod
+    def of(cls, result: Record | Skip) -> _Tally:
+        if isinstance(result, Skip):
+            return cls(inputs=1, skipped=[result])
+        counts = Counter(k for k in _COUNTED if getattr(result, k))
+        if result.conversation:
+            counts[CONVERSATION_FORMATS[record_format(result)]] = 1
+        return cls(1, 1, result.duration, counts)
+
     def add(self, other: _Tally) -> None:
         self.inputs += other.inputs
         self.records += other.records
@@ -76,17 +86,27 @@ class _Tally:
         self.skipped += other.skipped
 
 
+class Options(TypedDict, total=False):
+    """What any ingest may be told.
+
+    Attributes:
+        text_tokenizer: also compute the lengths index for it.
+        records_per_shard: inputs that one shard takes; 1024 by default, 16384 documents of text.
+        max_skipped: share of the inputs that may be left out because they cannot be used, 0.05 by default; one always
+            may.
+        worker: (i, n): make only every n-th shard, from i on; all by default.
+        progress: report on stderr, as by default.
+    """
+
+    text_tokenizer: Any
+    records_per_shard: int
+    max_skipped: float
+    worker: tuple[int, int]
+    progress: bool
+
+
 def ingest_audio(
-    manifest: str | Path,
-    codec: Any,
-    out: str | Path,
-    *,
-    text_tokenizer: Any = None,
-    records_per_shard: int = 1024,
-    max_skipped: float = 0.05,
-    worker: tuple[int, int] = (0, 1),
-    threads: int = 2,
-    progress: bool = True,
+    manifest: str | Path, codec: Any, out: str | Path, *, threads: int = 2, **options: Unpack[Options]
 ) -> ShardSet | None:
     """Tokenises the recordings of a manifest into a shard set.
 
@@ -94,12 +114,8 @@ def ingest_audio(
         manifest: JSONL manifest (`mimo_jax.data.manifest`).
         codec: audio tokenizer: `encode(list of float32 [S]) -> list of uint16 [M, R]`, `config`, `fingerprint`.
         out: folder of the set; new, or one that the same ingest has begun.
-        text_tokenizer: also compute the lengths index for it.
-        records_per_shard: lines of the manifest that one shard takes.
-        max_skipped: share of the lines that may be left out because their audio cannot be used; one always may.
-        worker: (i, n): make only every n-th shard, from i on.
         threads: threads that decode audio.
-        progress: report on stderr.
+        options: see `Options`.
 
     Returns:
         The finished set, or None if other workers have shards left to make.
@@ -109,92 +125,25 @@ def ingest_audio(
         DataError: the folder holds something else, too many inputs were left out, or the folder cannot be written;
             shards that were finished stay and the same call goes on from there.
     """
-    if threads <= 0:
-        raise DataError(f"threads: expected a positive integer, got {threads}")
     lines = Manifest(manifest)
-    if lines.unused_fields and progress:
+    if lines.unused_fields and options.get("progress", True):
         print(f"ingest: {lines.path}: fields without a meaning here: {', '.join(lines.unused_fields)}", file=sys.stderr)
-    config = codec.config
-    settings = {
-        "kind": "speech",
-        "manifest": lines.sha256,
-        "tokenizer": codec.fingerprint,
-        "codebook_sizes": list(config.rvq.codebook_sizes),
-        "frame_rate": config.frame_rate,
-        "resampler": config.resampler,
-        "records_per_shard": records_per_shard,
-    }
-
-    def make(start: int, stop: int) -> Iterator[Record | Skip]:
-        with ThreadPoolExecutor(threads) as pool:
-            yield from _encode(lines.read(start, stop), codec, pool, 2 * threads + 2)
-
-    return _make_set(Path(out), settings, len(lines), make, max_skipped, worker, text_tokenizer, progress)
+    return _ingest_codes("speech", lines, lambda entries, encode: encode(entries), codec, out, threads, options)
 
 
 def ingest_conversations(
-    conversations: str | Path,
-    codec: Any,
-    out: str | Path,
-    *,
-    text_tokenizer: Any = None,
-    records_per_shard: int = 1024,
-    max_skipped: float = 0.05,
-    worker: tuple[int, int] = (0, 1),
-    threads: int = 2,
-    progress: bool = True,
+    conversations: str | Path, codec: Any, out: str | Path, *, threads: int = 2, **options: Unpack[Options]
 ) -> ShardSet | None:
-    """Tokenises the recordings of conversations into a shard set, each once per shard; arguments as `ingest_audio`.
+    """Tokenises the recordings of conversations into a shard set, each once per shard; otherwise as `ingest_audio`.
 
     A conversation of which a recording cannot be used is left out.
 
     Args:
         conversations: file in the template (`mimo_jax.data.conversations`).
+        codec, out, threads, options: as for `ingest_audio`.
     """
-    if threads <= 0:
-        raise DataError(f"threads: expected a positive integer, got {threads}")
-    lines = Conversations(conversations)
-    config = codec.config
-    settings = {
-        "kind": "conversation",
-        "manifest": lines.sha256,
-        "tokenizer": codec.fingerprint,
-        "codebook_sizes": list(config.rvq.codebook_sizes),
-        "frame_rate": config.frame_rate,
-        "resampler": config.resampler,
-        "records_per_shard": records_per_shard,
-    }
-
-    def make(start: int, stop: int) -> Iterator[Record | Skip]:
-        waiting: deque[Conversation] = deque()
-        done: dict[str, Record | Skip] = {}
-
-        def recordings() -> Iterator[ManifestEntry]:
-            asked: set[str] = set()
-            for conversation in lines.read(start, stop):
-                waiting.append(conversation)
-                for path in conversation.audio:
-                    if path not in asked:
-                        asked.add(path)
-                        yield ManifestEntry(audio=Path(path), id=path)
-
-        def complete() -> Iterator[Record | Skip]:
-            while waiting and all(path in done for path in waiting[0].audio):
-                conversation = waiting.popleft()
-                parts = [done[path] for path in conversation.audio]
-                broken = next((p for p in parts if isinstance(p, Skip)), None)
-                clips = [p for p in parts if isinstance(p, Record)]
-                yield broken or make_record(
-                    conversation, [c.codes_MR for c in clips], sum(c.duration for c in clips), config.rvq.num_levels
-                )
-
-        with ThreadPoolExecutor(threads) as pool:
-            for result in _encode(recordings(), codec, pool, 2 * threads + 2):
-                done[result.name if isinstance(result, Skip) else result.id] = result
-                yield from complete()
-        yield from complete()
-
-    return _make_set(Path(out), settings, len(lines), make, max_skipped, worker, text_tokenizer, progress)
+    join = functools.partial(_conversation_records, num_levels=codec.config.rvq.num_levels)
+    return _ingest_codes("conversation", Conversations(conversations), join, codec, out, threads, options)
 
 
 def ingest_text(
@@ -203,24 +152,16 @@ def ingest_text(
     *,
     split: Literal["paragraph", "line", "file"] = "paragraph",
     language: str = "",
-    text_tokenizer: Any = None,
-    records_per_shard: int = 16_384,
-    max_skipped: float = 0.05,
-    worker: tuple[int, int] = (0, 1),
-    progress: bool = True,
+    **options: Unpack[Options],
 ) -> ShardSet | None:
-    """Makes a shard set of text documents.
+    """Makes a shard set of text documents; documents that are not UTF-8 are left out.
 
     Args:
         files: UTF-8 text files, or JSONL files (suffix `.jsonl`) whose lines have `text` and may have `id`, `language`.
         out: folder of the set; new, or one that the same ingest has begun.
         split: documents of a text file: separated by blank lines, one a line, or the whole file.
         language: language tag of documents that do not have their own.
-        text_tokenizer: also compute the lengths index for it.
-        records_per_shard: documents of one shard.
-        max_skipped: share of the documents that may be left out because they are not UTF-8; one always may.
-        worker: (i, n): make only every n-th shard, from i on.
-        progress: report on stderr.
+        options: see `Options`.
 
     Returns:
         The finished set, or None if other workers have shards left to make.
@@ -232,18 +173,75 @@ def ingest_text(
     corpus = _TextCorpus([Path(f) for f in files], split, language)
     if not len(corpus):
         raise DataError(f"{', '.join(map(str, files)) or 'no file'}: expected at least one document")
-    settings = {
-        "kind": "text",
-        "corpus": corpus.sha256,
-        "split": split,
-        "language": language,
-        "records_per_shard": records_per_shard,
-    }
-    return _make_set(Path(out), settings, len(corpus), corpus.read, max_skipped, worker, text_tokenizer, progress)
+    settings = {"kind": "text", "corpus": corpus.sha256, "split": split, "language": language}
+    options.setdefault("records_per_shard", 16_384)
+    return _Ingest(out, settings, len(corpus), corpus.read, **options).run()
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Audio
+
+_Encode = Callable[[Iterable[ManifestEntry]], Iterator[Record | Skip]]
+
+
+def _ingest_codes(
+    kind: str,
+    lines: Manifest | Conversations,
+    make: Callable[[Iterator[Any], _Encode], Iterator[Record | Skip]],
+    codec: Any,
+    out: str | Path,
+    threads: int,
+    options: Options,
+) -> ShardSet | None:
+    """A set of what `make` gives for some lines and the function that encodes recordings."""
+    if threads <= 0:
+        raise DataError(f"threads: expected a positive integer, got {threads}")
+    config = codec.config
+    settings = {
+        "kind": kind,
+        "manifest": lines.sha256,
+        "tokenizer": codec.fingerprint,
+        "codebook_sizes": list(config.rvq.codebook_sizes),
+        "frame_rate": config.frame_rate,
+        "resampler": config.resampler,
+    }
+
+    def read(start: int, stop: int) -> Iterator[Record | Skip]:
+        with ThreadPoolExecutor(threads) as pool:
+            encode = functools.partial(_encode, codec=codec, pool=pool, ahead=2 * threads + 2)
+            yield from make(lines.read(start, stop), encode)
+
+    return _Ingest(out, settings, len(lines), read, **options).run()
+
+
+def _conversation_records(
+    conversations: Iterator[Conversation], encode: _Encode, num_levels: int
+) -> Iterator[Record | Skip]:
+    waiting: deque[Conversation] = deque()
+    done: dict[str, Record | Skip] = {}
+
+    def recordings() -> Iterator[ManifestEntry]:
+        asked: set[str] = set()
+        for conversation in conversations:
+            waiting.append(conversation)
+            for path in conversation.audio:
+                if path not in asked:
+                    asked.add(path)
+                    yield ManifestEntry(audio=Path(path), id=path)
+
+    def complete() -> Iterator[Record | Skip]:
+        while waiting and all(path in done for path in waiting[0].audio):
+            conversation = waiting.popleft()
+            parts = [done[path] for path in conversation.audio]
+            broken = next((p for p in parts if isinstance(p, Skip)), None)
+            clips = [p for p in parts if isinstance(p, Record)]
+            seconds = sum(c.duration for c in clips)
+            yield broken or make_record(conversation, [c.codes_MR for c in clips], seconds, num_levels)
+
+    for result in encode(recordings()):
+        done[result.name if isinstance(result, Skip) else result.id] = result
+        yield from complete()
+    yield from complete()
 
 
 def _encode(
@@ -420,243 +418,190 @@ def _documents(file: Any, path: Path, split: str, digest: Any) -> Iterator[tuple
 # Shards: dealing, restarting, committing
 
 
-def _make_set(
-    out: Path,
-    settings: Mapping[str, Any],
-    inputs: int,
-    make: Callable[[int, int], Iterator[Record | Skip]],
-    max_skipped: float,
-    worker: tuple[int, int],
-    text_tokenizer: Any,
-    progress: bool,
-) -> ShardSet | None:
-    per_shard = int(settings["records_per_shard"])
-    if per_shard <= 0:
-        raise DataError(f"records_per_shard: expected a positive integer, got {per_shard}")
-    if not 0 <= worker[0] < worker[1]:
-        raise DataError(f"worker: expected (i, n) with 0 <= i < n, got {worker}")
-    if not 0 <= max_skipped <= 1:
-        raise DataError(f"max_skipped: expected a share from 0 to 1, got {max_skipped}")
-    if _prepare(out, settings):
-        print(f"ingest: {out} is complete", file=sys.stderr)
-    else:
-        count = -(-inputs // per_shard)
-        allowed = max(1, int(max_skipped * inputs))
-        meter = _Meter(str(out), inputs, progress)
-        total = _Tally()
-        for index in range(worker[0], count, worker[1]):
-            finished = _finished(out, settings, index, count)
-            if finished is not None:
-                total.add(finished[1])
-                meter.resume(finished[1])
-        _check_skips(out, total, allowed, inputs)
-        for index in range(worker[0], count, worker[1]):
-            if _sidecar(out, index).is_file() and _finished(out, settings, index, count, quick=True) is not None:
-                continue
-            start = index * per_shard
-            _make_shard(
-                out, settings, index, count, make(start, min(start + per_shard, inputs)), total, allowed, inputs, meter
-            )
-        meter.finish()
-        if not _commit_if_complete(out, settings, count):
-            return None
-    if text_tokenizer is not None:
-        index_shards(out, text_tokenizer, progress)
-    return ShardSet(out)
+class _Ingest:
+    """One call: checks the folder, makes the worker's shards that are missing, commits when there are all.
 
+    Args:
+        settings: what decides the contents; `kind` and, of codes, `codebook_sizes`, `frame_rate` and `tokenizer`.
+        inputs: how many there are.
+        read: (start, stop) -> a record or the reason that there is none for each of these inputs.
+    """
 
-def _prepare(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Makes the folder or checks that this ingest began it; True if it is complete."""
-    try:
-        if out.is_dir() and any(out.iterdir()):
+    def __init__(
+        self,
+        out: str | Path,
+        settings: Mapping[str, Any],
+        inputs: int,
+        read: Callable[[int, int], Iterator[Record | Skip]],
+        *,
+        text_tokenizer: Any = None,
+        records_per_shard: int = 1024,
+        max_skipped: float = 0.05,
+        worker: tuple[int, int] = (0, 1),
+        progress: bool = True,
+    ) -> None:
+        if records_per_shard <= 0:
+            raise DataError(f"records_per_shard: expected a positive integer, got {records_per_shard}")
+        if not 0 <= worker[0] < worker[1]:
+            raise DataError(f"worker: expected (i, n) with 0 <= i < n, got {worker}")
+        if not 0 <= max_skipped <= 1:
+            raise DataError(f"max_skipped: expected a share from 0 to 1, got {max_skipped}")
+        self._out, self._inputs, self._read = Path(out), inputs, read
+        self._settings = {**settings, "records_per_shard": records_per_shard}
+        self._text_tokenizer, self._progress, self._worker = text_tokenizer, progress, worker
+        self._per_shard, self._count = records_per_shard, -(-inputs // records_per_shard)
+        self._allowed = max(1, int(max_skipped * inputs))
+        self._total = _Tally()  # of the worker's shards, the one in the making included
+        self._meter = Meter(inputs, self._line, progress)
+
+    def run(self) -> ShardSet | None:
+        """The finished set, or None if other workers have shards left to make."""
+        out = self._out
+        if self._prepare():
+            print(f"ingest: {out} is complete", file=sys.stderr)
+        else:
+            mine = range(self._worker[0], self._count, self._worker[1])
+            for index in mine:
+                if (finished := self._finished(index)) is not None:
+                    self._total.add(finished[1])
+                    self._meter.resume(finished[1].inputs)
+            self._check_skips()
+            for index in mine:
+                if self._finished(index, quick=True) is None:
+                    self._make_shard(index)
+            self._meter.say()
+            if not self._commit_if_complete():
+                return None
+        if self._text_tokenizer is not None:
+            index_shards(out, self._text_tokenizer, self._progress)
+        return ShardSet(out)
+
+    def _prepare(self) -> bool:
+        """Makes the folder or checks that this ingest began it; True if it is complete."""
+        out, settings = self._out, self._settings
+        try:
+            if out.is_dir() and any(out.iterdir()):
+                if (out / MANIFEST).is_file():
+                    known: Mapping[str, Any] = ShardSet(out).info.options
+                elif (out / _WORK / "settings.json").is_file():
+                    known = json.loads((out / _WORK / "settings.json").read_bytes())
+                elif all(p.name == _WORK for p in out.iterdir()):
+                    known = settings  # killed before its first file was in place
+                else:
+                    raise DataError(f"{out}: expected a new folder or one that this ingest began; it holds other files")
+                for key in sorted({*known, *settings}):
+                    if known.get(key) != settings.get(key):
+                        raise DataError(
+                            f"{out}: this folder was begun with {key} {known.get(key)!r}, "
+                            f"now it is {settings.get(key)!r}; use another folder or remove it"
+                        )
             if (out / MANIFEST).is_file():
-                known: Mapping[str, Any] = ShardSet(out).info.options
-            elif (out / _WORK / "settings.json").is_file():
-                known = json.loads((out / _WORK / "settings.json").read_bytes())
-            elif all(p.name == _WORK for p in out.iterdir()):
-                known = settings  # killed before its first file was in place
-            else:
-                raise DataError(f"{out}: expected a new folder or one that this ingest began; it holds other files")
-            for key in sorted({*known, *settings}):
-                if known.get(key) != settings.get(key):
-                    raise DataError(
-                        f"{out}: this folder was begun with {key} {known.get(key)!r}, "
-                        f"now it is {settings.get(key)!r}; use another folder or remove it"
-                    )
-        if (out / MANIFEST).is_file():
-            _clean(out)
-            return True
-        (out / _WORK).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{out}: cannot use this folder ({error.strerror})") from None
-    write_file(out / _WORK / "settings.json", _json(settings))
-    return False
-
-
-def _make_shard(
-    out: Path,
-    settings: Mapping[str, Any],
-    index: int,
-    count: int,
-    results: Iterator[Record | Skip],
-    total: _Tally,
-    allowed: int,
-    inputs: int,
-    meter: _Meter,
-) -> None:
-    tally = _Tally()
-
-    def records() -> Iterator[Record]:
-        for result in results:
-            tally.inputs += 1
-            meter.step(result)
-            if isinstance(result, Skip):
-                tally.skipped.append(result)
-                _check_skips(out, total, allowed, inputs, tally.skipped)
-                continue
-            tally.records += 1
-            tally.seconds += result.duration
-            tally.counts.update(k for k in _COUNTED if getattr(result, k))
-            if result.conversation:
-                tally.counts[CONVERSATION_FORMATS[record_format(result)]] += 1
-            yield result
-
-    shard = write_shard(out / shard_name(str(settings["kind"]), index, count), records())
-    skipped = [dataclasses.asdict(s) for s in tally.skipped]
-    note: dict[str, Any] = {
-        "settings": settings,
-        "shard": dataclasses.asdict(shard),
-        "skipped": skipped,
-        "counts": dict(tally.counts),
-    }
-    note |= {"inputs": tally.inputs, "records": tally.records, "seconds": tally.seconds}
-    write_file(_sidecar(out, index), _json(note))
-    total.add(tally)
-
-
-def _check_skips(out: Path, total: _Tally, allowed: int, inputs: int, more: Sequence[Skip] = ()) -> None:
-    skips = [*total.skipped, *more]
-    if len(skips) > allowed:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(s.reason for s in skips).most_common())
-        raise DataError(
-            f"{out}: {len(skips)} of {inputs} inputs cannot be used ({reasons}), more than the {allowed} that "
-            f"max_skipped allows; the last one: {skips[-1].message}"
-        )
-
-
-def _sidecar(out: Path, index: int) -> Path:
-    return out / _WORK / f"{index:05d}.json"
-
-
-def _finished(
-    out: Path, settings: Mapping[str, Any], index: int, count: int, quick: bool = False
-) -> tuple[ShardFile, _Tally] | None:
-    """What the note on a finished shard says, if the shard is there as the note has it; `quick` trusts the contents."""
-    try:
-        note = json.loads(_sidecar(out, index).read_bytes())
-        shard = ShardFile(**note["shard"])
-        tally = _Tally(
-            note["inputs"],
-            note["records"],
-            note["seconds"],
-            Counter(note["counts"]),
-            [Skip(**s) for s in note["skipped"]],
-        )
-        path = out / shard_name(str(settings["kind"]), index, count)
-        same = note["settings"] == settings and shard.file == path.name and path.stat().st_size == shard.bytes
-        if same and (quick or file_sha256(path) == shard.sha256):
-            return shard, tally
-        _sidecar(out, index).unlink(missing_ok=True)  # the shard was damaged since: make it again
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-def _commit_if_complete(out: Path, settings: Mapping[str, Any], count: int) -> bool:
-    if (out / MANIFEST).is_file():  # another worker was faster
-        return True
-    found = [_finished(out, settings, index, count, quick=True) for index in range(count)]
-    finished = [f for f in found if f is not None]
-    if len(finished) < count:
-        print(f"ingest: {out}: {count - len(finished)} of {count} shards are left to other workers", file=sys.stderr)
+                self._clean()
+                return True
+            (out / _WORK).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{out}: cannot use this folder ({error.strerror})") from None
+        write_file(out / _WORK / "settings.json", _json(settings))
         return False
-    total = _Tally()
-    for _, tally in finished:
-        total.add(tally)
-    if not total.records:
-        raise DataError(
-            f"{out}: none of the {total.inputs} inputs could be used; the last one: {total.skipped[-1].message}"
+
+    def _make_shard(self, index: int) -> None:
+        tally = _Tally()
+        start = index * self._per_shard
+
+        def records() -> Iterator[Record]:
+            for result in self._read(start, min(start + self._per_shard, self._inputs)):
+                one = _Tally.of(result)
+                tally.add(one)
+                self._total.add(one)
+                if isinstance(result, Skip):
+                    if self._progress and len(self._total.skipped) <= _SHOWN_SKIPS:
+                        print(f"ingest: skipped: {result.message}", file=sys.stderr)
+                    self._meter.step()
+                    self._check_skips()
+                else:
+                    self._meter.step()
+                    yield result
+
+        shard = write_shard(self._shard(index), records())
+        note = {"settings": self._settings, "shard": dataclasses.asdict(shard), **vars(tally)}
+        write_file(self._note(index), _json(note | {"skipped": [dataclasses.asdict(s) for s in tally.skipped]}))
+
+    def _check_skips(self) -> None:
+        skips = self._total.skipped
+        if len(skips) > self._allowed:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(s.reason for s in skips).most_common())
+            raise DataError(
+                f"{self._out}: {len(skips)} of {self._inputs} inputs cannot be used ({reasons}), more than the "
+                f"{self._allowed} that max_skipped allows; the last one: {skips[-1].message}"
+            )
+
+    def _shard(self, index: int) -> Path:
+        return self._out / shard_name(str(self._settings["kind"]), index, self._count)
+
+    def _note(self, index: int) -> Path:
+        return self._out / _WORK / f"{index:05d}.json"
+
+    def _finished(self, index: int, quick: bool = False) -> tuple[ShardFile, _Tally] | None:
+        """What the note on a finished shard says, if the shard is there as it has it; `quick` trusts the contents."""
+        path = self._shard(index)
+        try:
+            note = json.loads(self._note(index).read_bytes())
+            shard, settings = ShardFile(**note.pop("shard")), note.pop("settings")
+            tally = _Tally(**note)
+            tally.counts, tally.skipped = Counter(tally.counts), [Skip(**s) for s in note["skipped"]]
+            same = settings == self._settings and shard.file == path.name and path.stat().st_size == shard.bytes
+            if same and (quick or file_sha256(path) == shard.sha256):
+                return shard, tally
+            self._note(index).unlink(missing_ok=True)  # the shard was damaged since: make it again
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def _commit_if_complete(self) -> bool:
+        out, settings = self._out, self._settings
+        if (out / MANIFEST).is_file():  # another worker was faster
+            return True
+        finished = [f for index in range(self._count) if (f := self._finished(index, quick=True)) is not None]
+        if missing := self._count - len(finished):
+            print(f"ingest: {out}: {missing} of {self._count} shards are left to other workers", file=sys.stderr)
+            return False
+        total = _Tally()
+        for _, tally in finished:
+            total.add(tally)
+        if not total.records:
+            raise DataError(
+                f"{out}: none of the {total.inputs} inputs could be used; the last one: {total.skipped[-1].message}"
+            )
+        if total.skipped:
+            write_file(out / "skipped.jsonl", b"".join(_json(dataclasses.asdict(s)) for s in total.skipped))
+        info = ShardSetInfo(
+            kind=str(settings["kind"]),
+            codebook_sizes=tuple(settings.get("codebook_sizes", ())),
+            frame_rate=settings.get("frame_rate", 0.0),
+            tokenizer=settings.get("tokenizer", ""),
+            records=total.records,
+            hours=total.seconds / 3600,
+            counts={k: total.counts[k] for k in (*_COUNTED, *sorted(set(total.counts) - set(_COUNTED)))},
+            skipped=dict(sorted(Counter(s.reason for s in total.skipped).items())),
+            shards=tuple(shard for shard, _ in finished),
+            options=settings,
         )
-    if total.skipped:
-        write_file(out / "skipped.jsonl", b"".join(_json(dataclasses.asdict(s)) for s in total.skipped))
-    info = ShardSetInfo(
-        kind=str(settings["kind"]),
-        codebook_sizes=tuple(settings.get("codebook_sizes", ())),
-        frame_rate=settings.get("frame_rate", 0.0),
-        tokenizer=settings.get("tokenizer", ""),
-        records=total.records,
-        hours=total.seconds / 3600,
-        counts={k: total.counts[k] for k in (*_COUNTED, *sorted(set(total.counts) - set(_COUNTED)))},
-        skipped=dict(sorted(Counter(s.reason for s in total.skipped).items())),
-        shards=tuple(shard for shard, _ in finished),
-        options=settings,
-    )
-    commit(out, info)
-    _clean(out)
-    return True
+        commit(out, info)
+        self._clean()
+        return True
 
+    def _clean(self) -> None:
+        """Removes what only an unfinished set needs. Never fatal: the set is complete."""
+        shutil.rmtree(self._out / _WORK, ignore_errors=True)
+        for leftover in (*self._out.glob("*.tmp"), *self._out.glob(".*.tmp")):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
 
-def _clean(out: Path) -> None:
-    """Removes what only an unfinished set needs. Never fatal: the set is complete."""
-    shutil.rmtree(out / _WORK, ignore_errors=True)
-    for leftover in (*out.glob("*.tmp"), *out.glob(".*.tmp")):
-        with contextlib.suppress(OSError):
-            leftover.unlink(missing_ok=True)
+    def _line(self, done: float, rate: float) -> str:
+        audio = f", {self._total.seconds / 3600:.2f} h" if self._total.seconds else ""
+        skipped = len(self._total.skipped)
+        return f"ingest: {self._out}: {done:.0f}/{self._inputs}{audio}, {skipped} skipped, {rate:.1f}/s"
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, sort_keys=True) + "\n").encode()
-
-
-class _Meter:
-    """Progress on stderr: inputs done, audio, rate, time left; the first skipped inputs by name."""
-
-    def __init__(self, name: str, inputs: int, on: bool, every: float = 5.0):
-        self._name, self._inputs, self._on, self._every = name, inputs, on, every
-        self._done = self._here = self._skipped = 0
-        self._seconds = 0.0
-        self._start = self._last = time.monotonic()
-
-    def resume(self, tally: _Tally) -> None:
-        self._done += tally.inputs
-        self._skipped += len(tally.skipped)
-        self._seconds += tally.seconds
-
-    def step(self, result: Record | Skip) -> None:
-        self._done += 1
-        self._here += 1
-        if isinstance(result, Skip):
-            self._skipped += 1
-            if self._on and self._skipped <= _SHOWN_SKIPS:
-                print(f"ingest: skipped: {result.message}", file=sys.stderr)
-        else:
-            self._seconds += result.duration
-        now = time.monotonic()
-        if now - self._last >= self._every:
-            self._last = now
-            self._print(now)
-
-    def finish(self) -> None:
-        self._print(time.monotonic())
-
-    def _print(self, now: float) -> None:
-        if not self._on:
-            return
-        rate = self._here / max(now - self._start, 1e-9)
-        left = (self._inputs - self._done) / rate if rate else 0.0
-        audio = f", {self._seconds / 3600:.2f} h" if self._seconds else ""
-        print(
-            f"ingest: {self._name}: {self._done}/{self._inputs}{audio}, {self._skipped} skipped, "
-            f"{rate:.1f}/s, ETA {int(left // 60)}:{int(left % 60):02d}",
-            file=sys.stderr,
-        )

@@ -218,10 +218,6 @@ def lm_loader(
 
         tokenizer = load_text_tokenizer(data.text_tokenizer)
     check_text_tokenizer(tokenizer, model, data.text_tokenizer)
-    if process_index is None or process_count is None:
-        import jax
-
-        process_index, process_count = jax.process_index(), jax.process_count()
 
     layouts = Layouts(
         tokenizer, model.group_size, model.num_channels, data.row_length, data.row_patches, data.target_conditioning

@@ -29,8 +29,8 @@ class RowLoader:
         empty: a row that holds nothing.
         rows: rows of the global batch.
         fingerprint: what determines the stream: a run continues only where it is the same.
-        process_index: which part of the batch to read.
-        process_count: number of parts, a divisor of `rows`.
+        process_index: which part of the batch to read; JAX's process by default.
+        process_count: number of parts, a divisor of `rows`; JAX's processes by default.
         threads: threads that read; 0 reads when asked.
         one_pass: end after every row of the plan was read.
 
@@ -45,11 +45,15 @@ class RowLoader:
         empty: Any,
         rows: int,
         fingerprint: Mapping[str, Any],
-        process_index: int = 0,
-        process_count: int = 1,
+        process_index: int | None = None,
+        process_count: int | None = None,
         threads: int = 2,
         one_pass: bool = False,
     ):
+        if process_index is None or process_count is None:
+            import jax
+
+            process_index, process_count = jax.process_index(), jax.process_count()
         if rows % process_count or not 0 <= process_index < process_count:
             raise DataError(f"data.rows: expected a multiple of the number of processes ({process_count}), got {rows}")
         self.plan, self.fingerprint = plan, dict(fingerprint)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mimo_jax.atomic import atomic_write
+from mimo_jax.atomic import atomic_write, sync_folder
 from mimo_jax.data.records import (
     DataError,
     Record,
@@ -144,6 +144,7 @@ def write_shard(path: Path, records: Iterable[Record]) -> ShardFile:
             os.fsync(file.fileno())
         info = ShardFile(path.name, count, temporary.stat().st_size, file_sha256(temporary))
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except RuntimeError as error:  # what the writer raises for every failed open, write and close
         _unlink(temporary)
         raise DataError(f"{path}: cannot write the shard ({_reason(error)})") from error

@@ -209,10 +209,6 @@ def tokenizer_loader(
             f"{data.text_tokenizer}: expected at most {cfg.a2t.vocab_size} ids (a2t.vocab_size), "
             f"got {tokenizer.vocab_size}"
         )
-    if process_index is None or process_count is None:
-        import jax
-
-        process_index, process_count = jax.process_index(), jax.process_count()
     needed = slot_codes(int(data.max_seconds * config.mel.sample_rate), config)
     if needed > data.row_codes:
         raise ConfigError(

@@ -3,7 +3,8 @@
     model = SpeechModel(Generator(config, params), codec, tokenizer, prompts="chat")
     requests = [TaskRequest(task="asr", audio=wav), TaskRequest(task="tts", text="hello")]
     outputs, timing = run_tasks(model, requests, GenerationSettings(seed=1))
-    write_outputs("out", "mixed", model, outputs, timing, GenerationSettings(seed=1))  # generation.outputs
+
+`run_batches` gives the same as it comes, and `generation.outputs` writes it down.
 
 Requests of one call may differ in task, length, sampler and limits. Each has a seed of its own, so its answer does not
 depend on its neighbours. Waves are float32, mono, at the audio tokenizer's rate (24 kHz); wherever a wave is asked for,
@@ -19,15 +20,15 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mimo_jax.config import ConfigError
 from mimo_jax.data.chat import Stream
-from mimo_jax.generation.generate import Generated, Generator, Prompt, Request
+from mimo_jax.generation.generate import Bucket, Generated, Generator, Prompt, Request, Timing
 from mimo_jax.generation.prompts import Kind, Prompts, TaskPrompt
 from mimo_jax.generation.sampling import PATCHES, SamplingConfig
 from mimo_jax.generation.tasks import TASKS
@@ -43,7 +44,7 @@ class SpeechModel:
         generator: the language model.
         codec: the audio tokenizer.
         tokenizer: the text tokenizer.
-        description: where they come from, for the record that `write_outputs` makes.
+        description: where they come from, for the record that `write_record` makes.
         prompts: which prompts it knows: "base" after pre-training, "chat" after post-training.
 
     Raises:
@@ -206,56 +207,55 @@ class SpeechOutput:
     settings: GenerationSettings
 
 
-@dataclass(frozen=True)
-class AppTiming:
-    """Wall seconds of one call, over all batches.
+class Batch(NamedTuple):
+    """Answers to requests that ran together.
 
     Attributes:
-        encode_seconds: audio tokenizer, waves to codes.
-        compile_seconds: compilation of the language model's programs.
-        prefill_seconds: prompts through the language model.
-        decode_seconds: new positions.
-        vocode_seconds: audio tokenizer, codes to waves.
-        positions: new positions.
-        patches: new patches.
-        audio_seconds: speech generated.
+        numbers: which of the requests of the call they answer.
+        outputs: the answers.
+        timing: of this batch; encoding is done before the first and counted there.
     """
 
-    encode_seconds: float
-    compile_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-    vocode_seconds: float
-    positions: int
-    patches: int
-    audio_seconds: float
-
-    @property
-    def patches_per_second(self) -> float:
-        return self.patches / self.decode_seconds if self.decode_seconds else 0.0
-
-    @property
-    def real_time_factor(self) -> float | None:
-        """Seconds of work per second of speech, without compilation; None without speech."""
-        work = self.encode_seconds + self.prefill_seconds + self.decode_seconds + self.vocode_seconds
-        return work / self.audio_seconds if self.audio_seconds else None
+    numbers: list[int]
+    outputs: list[SpeechOutput]
+    timing: Timing
 
 
 def run_tasks(
-    model: SpeechModel, requests: Sequence[TaskRequest], settings: GenerationSettings = GenerationSettings()
-) -> tuple[list[SpeechOutput], AppTiming]:
-    """Answers requests of any tasks, lengths and samplers.
+    model: SpeechModel,
+    requests: Sequence[TaskRequest],
+    settings: GenerationSettings = GenerationSettings(),
+    bucket: Bucket | None = None,
+) -> tuple[list[SpeechOutput], Timing]:
+    """Answers requests of any tasks, lengths and samplers; arguments and errors are those of `run_batches`.
+
+    Returns:
+        One output per request, in order, and the time it took.
+    """
+    outputs, timing = dict[int, SpeechOutput](), Timing()
+    for batch in run_batches(model, requests, settings, bucket):
+        outputs |= zip(batch.numbers, batch.outputs, strict=True)
+        timing += batch.timing
+    return [outputs[number] for number in range(len(requests))], timing
+
+
+def run_batches(
+    model: SpeechModel,
+    requests: Sequence[TaskRequest],
+    settings: GenerationSettings = GenerationSettings(),
+    bucket: Bucket | None = None,
+) -> Iterator[Batch]:
+    """`run_tasks`, batch by batch as they are done; requests with prompts of similar length share a batch.
 
     Args:
         model: the model and its tokenizers.
         requests: what to do.
         settings: of the requests without settings of their own, and the batch size of the call.
-
-    Returns:
-        One output per request, in order, and the time it took.
+        bucket: padded sizes of every batch. In one bucket an answer is the same bit for bit whatever runs beside it; in
+            another, and by default in the smallest that holds each batch, the same up to the rounding of sums.
 
     Raises:
-        ConfigError: a request is impossible; nothing has been generated.
+        ConfigError: a request is impossible, or the bucket too small; nothing has been generated.
     """
     started = time.perf_counter()
     plans = []
@@ -266,48 +266,38 @@ def run_tasks(
             model.generator.check(plans[-1].generation)
         except ValueError as error:
             raise ConfigError(f"request {number}: {error}" if len(requests) > 1 else str(error)) from None
-    encode_seconds = time.perf_counter() - started
-    # Prompts of similar length share a batch.
     order = sorted(range(len(plans)), key=lambda i: len(plans[i].task.prompt.text))
-    generated: dict[int, Generated] = {}
-    timings = []
-    for first in range(0, len(order), settings.batch_size):
-        batch = order[first : first + settings.batch_size]
-        results, timing = model.generator.generate([plans[i].generation for i in batch])
-        generated |= zip(batch, results, strict=True)
-        timings.append(timing)
-    started = time.perf_counter()
-    outputs = [_output(model, plan, generated[i]) for i, plan in enumerate(plans)]
-    samples = sum(len(o.wav) for o in outputs)
-    return outputs, AppTiming(
-        encode_seconds=encode_seconds,
-        compile_seconds=sum(t.compile_seconds for t in timings),
-        prefill_seconds=sum(t.prefill_seconds for t in timings),
-        decode_seconds=sum(t.decode_seconds for t in timings),
-        vocode_seconds=time.perf_counter() - started,
-        positions=sum(t.positions for t in timings),
-        patches=sum(t.patches for t in timings),
-        audio_seconds=samples / model.codec.config.mel.sample_rate,
-    )
+    size = settings.batch_size
+    batches = [sorted(order[first : first + size]) for first in range(0, len(order), size)]
+    buckets = [model.generator.bucket_of([plans[i].generation for i in batch], bucket) for batch in batches]
+    encoding = Timing(encode_seconds=time.perf_counter() - started)
+    for numbers, padded in zip(batches, buckets, strict=True):
+        results, timing = model.generator.generate([plans[i].generation for i in numbers], padded)
+        started = time.perf_counter()
+        outputs = [_output(model, plans[i], result) for i, result in zip(numbers, results, strict=True)]
+        spoken = sum(len(output.wav) for output in outputs) / model.codec.config.mel.sample_rate
+        vocoding = Timing(vocode_seconds=time.perf_counter() - started, audio_seconds=spoken)
+        yield Batch(numbers, outputs, encoding + timing + vocoding)
+        encoding = Timing()
 
 
 def generate_speech_continuation(
     model: SpeechModel, prompts: Iterable[np.ndarray], settings: GenerationSettings = GenerationSettings()
-) -> tuple[list[SpeechOutput], AppTiming]:
+) -> tuple[list[SpeechOutput], Timing]:
     """Lets the model go on speaking after waves of at least one patch (0.16 s) each."""
     return run_tasks(model, [TaskRequest(task="continue", audio=wav) for wav in prompts], settings)
 
 
 def generate_tts(
     model: SpeechModel, texts: Iterable[str], settings: GenerationSettings = GenerationSettings()
-) -> tuple[list[SpeechOutput], AppTiming]:
+) -> tuple[list[SpeechOutput], Timing]:
     """Speaks texts."""
     return run_tasks(model, [TaskRequest(task="tts", text=text) for text in texts], settings)
 
 
 def transcribe(
     model: SpeechModel, wavs: Iterable[np.ndarray], settings: GenerationSettings = GenerationSettings()
-) -> tuple[list[SpeechOutput], AppTiming]:
+) -> tuple[list[SpeechOutput], Timing]:
     """Writes down what is said in waves."""
     return run_tasks(model, [TaskRequest(task="asr", audio=wav) for wav in wavs], settings)
 

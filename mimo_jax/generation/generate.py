@@ -13,6 +13,7 @@ Source: released inference code (generation loop, `min_new` and stop ids); repor
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class Request:
         max_new: positions to generate at most (text ids and patches together).
         min_new: stop ids are not drawn before this many new positions.
         stop_ids: text ids that end the request; the one that does is part of the result.
-        allowed_ids: the only text ids that may be drawn (`<|empty|>` among them, if patches may come); None allows all.
+        allowed_ids: the only text ids that may be drawn, int32 or a tuple (`<|empty|>` among them, if patches may
+            come); None allows all.
         forced_ids: text ids of the first new positions whatever the model says; -1 leaves a position to it. A forced
             `<|empty|>` is a patch that the patch decoder writes.
         text_sampling: sampler of the text head.
@@ -76,7 +78,7 @@ class Request:
     max_new: int
     stop_ids: tuple[int, ...]
     min_new: int = 0
-    allowed_ids: tuple[int, ...] | None = None
+    allowed_ids: np.ndarray | tuple[int, ...] | None = None
     forced_ids: tuple[int, ...] = ()
     text_sampling: SamplingConfig = DEFAULT_TEXT
     patch_sampling: SamplingConfig = PATCHES
@@ -97,21 +99,43 @@ class Generated:
     patches: np.ndarray
     stop_id: int | None
 
-    @property
-    def codes(self) -> np.ndarray:
-        """uint16 [patches * G, R]: the frames of all new patches."""
-        return self.patches.reshape(-1, self.patches.shape[-1]).astype(np.uint16)
-
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall seconds of one call of `Generator.generate`; `positions` counts the new positions of all requests."""
+    """Wall seconds of calls, which can be added up.
 
-    compile_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-    positions: int
-    patches: int
+    Attributes:
+        encode_seconds: audio tokenizer, waves to codes; like vocoding only where waves are asked for.
+        compile_seconds: compilation of the language model's programs.
+        prefill_seconds: prompts through the language model.
+        decode_seconds: new positions.
+        vocode_seconds: audio tokenizer, codes to waves.
+        positions: new positions.
+        patches: new patches.
+        audio_seconds: speech generated.
+    """
+
+    encode_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    vocode_seconds: float = 0.0
+    positions: int = 0
+    patches: int = 0
+    audio_seconds: float = 0.0
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+    @property
+    def patches_per_second(self) -> float:
+        return self.patches / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """Seconds of work per second of speech, without compilation; None without speech."""
+        work = self.encode_seconds + self.prefill_seconds + self.decode_seconds + self.vocode_seconds
+        return work / self.audio_seconds if self.audio_seconds else None
 
 
 class Bucket(NamedTuple):
@@ -189,7 +213,7 @@ class Generator:
 
         Args:
             requests: at least one. A batch costs what its longest prompt and its longest answer cost.
-            bucket: padded sizes; by default `bucket_of(requests)`.
+            bucket: padded sizes; by default the smallest that hold the requests.
 
         Returns:
             One result per request, in order, and the time it took.
@@ -205,10 +229,7 @@ class Generator:
                 self.check(request)
             except ConfigError as error:
                 raise ConfigError(f"request {number}: {error}") from None
-        smallest = self.bucket_of(requests)
-        bucket = bucket or smallest
-        if any(have < need for have, need in zip(bucket, smallest, strict=True)):
-            raise ConfigError(f"bucket: expected at least {smallest}, got {bucket}")
+        bucket = self.bucket_of(requests, bucket)
         batch = self._batch(requests, bucket)
         started = time.perf_counter()
         prefill, decode = self._compiled(batch, bucket.new)
@@ -227,16 +248,20 @@ class Generator:
         )
         return results, timing
 
-    def bucket_of(self, requests: Sequence[Request]) -> Bucket:
-        """The smallest bucket that holds some requests."""
+    def bucket_of(self, requests: Sequence[Request], bucket: Bucket | None = None) -> Bucket:
+        """The smallest bucket that holds some requests, or the given one; raises ConfigError if they do not fit it."""
         prompt = _round_up(max(len(r.prompt.text) for r in requests))
         patches = max(len(r.prompt.patches) for r in requests)
-        return Bucket(
+        smallest = Bucket(
             requests=1 << (len(requests) - 1).bit_length(),
             prompt=prompt,
             patches=min(prompt, _round_up(patches)) if patches else 0,
             new=_round_up(max(r.max_new for r in requests)),
         )
+        bucket = bucket or smallest
+        if any(have < need for have, need in zip(bucket, smallest, strict=True)):
+            raise ConfigError(f"bucket: expected at least {smallest}, got {bucket}")
+        return bucket
 
     def _stored(self, path: Any, x: Array) -> Array:
         """A parameter in the dtype that it is used in. Norms compute in float32, so their scales stay as they are."""
@@ -275,13 +300,14 @@ class Generator:
         limit = f"at most {self.max_positions} positions in prompt and answer, got {len(text)} + {request.max_new}"
         require(positions <= self.max_positions, "max_positions", limit)
         require(0 <= request.min_new <= request.max_new, "min_new", f"0..max_new ({request.max_new})")
-        drawn = set(range(self.text_vocab_size) if request.allowed_ids is None else request.allowed_ids)
-        forced = set(request.forced_ids) - {-1}
-        for setting, ids in (("allowed_ids", drawn), ("stop_ids", set(request.stop_ids)), ("forced_ids", forced)):
-            require(not ids or 0 <= min(ids) <= max(ids) < c.vocab_size, setting, f"ids in 0..{c.vocab_size - 1}")
-        require(bool(drawn), "allowed_ids", "at least one id")
+        drawn = np.arange(self.text_vocab_size) if request.allowed_ids is None else np.asarray(request.allowed_ids)
+        stops, forced = np.asarray(request.stop_ids), np.asarray(request.forced_ids)
+        for setting, ids in (("allowed_ids", drawn), ("stop_ids", stops), ("forced_ids", forced[forced != -1])):
+            inside = ids.size == 0 or 0 <= ids.min() <= ids.max() < c.vocab_size
+            require(bool(inside), setting, f"ids in 0..{c.vocab_size - 1}")
+        require(drawn.size > 0, "allowed_ids", "at least one id")
         require(
-            request.min_new == 0 or bool(drawn - set(request.stop_ids)),
+            request.min_new == 0 or not np.isin(drawn, stops).all(),
             "allowed_ids",
             "an id that does not stop, for min_new",
         )
@@ -304,7 +330,7 @@ class Generator:
             patch_positions_BC[b, : len(patches)] = np.flatnonzero(text == c.empty_id)
             if request.allowed_ids is not None:
                 removed_BV[b] = True
-                removed_BV[b, list(request.allowed_ids)] = False
+                removed_BV[b, np.asarray(request.allowed_ids)] = False
             stops_BV[b, list(request.stop_ids)] = True
             forced = request.forced_ids[: request.max_new]
             forced_BN[b, : len(forced)] = forced

@@ -4,91 +4,89 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mimo_jax.atomic import atomic_write
 from mimo_jax.audio.files import save_wav
 from mimo_jax.config import ConfigError
-from mimo_jax.generation.app import AppTiming, GenerationSettings, SpeechModel, SpeechOutput, words
-from mimo_jax.generation.generate import Prompt
+from mimo_jax.generation.app import GenerationSettings, SpeechModel, SpeechOutput, words
+from mimo_jax.generation.generate import Prompt, Timing
 from mimo_jax.generation.tasks import TASKS
 
 
-def write_outputs(
-    folder: str | Path,
-    task: str,
-    model: SpeechModel,
-    outputs: Sequence[SpeechOutput],
-    timing: AppTiming,
-    settings: GenerationSettings,
-    names: Sequence[str] | None = None,
-    inputs: Sequence[str] | None = None,
-) -> Path:
-    """Writes each output as NAME.wav (speech), NAME-full.wav (speech with what it goes on after), NAME.txt and, of a
-    conversation, NAME-history.json; and a TASK.json.
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError where files of two outputs would have one name."""
+    if len({name.removesuffix("-full").removesuffix("-history") for name in names}) != len(names):
+        raise ConfigError(f"names: expected {len(names)} different names, -full and -history apart, got {list(names)}")
 
-    The JSON holds settings, seeds, files and timings, and comes last. Files are written whole or not at all.
+
+def write_output(
+    folder: str | Path,
+    name: str,
+    output: SpeechOutput,
+    answers: str | None,
+    model: SpeechModel,
+    settings: GenerationSettings,
+) -> dict[str, Any]:
+    """Writes an output as NAME.wav (speech), NAME-full.wav (speech with what it goes on after), NAME.txt and, of a
+    conversation, NAME-history.json, each whole or not at all.
 
     Args:
         folder: made if missing.
-        task: name of the JSON file.
-        model: its `description` goes into the JSON.
-        outputs: what to write.
-        timing: of the call that made them.
+        name: see `check_names`.
+        output: what to write.
+        answers: what it answers (a path, a text), for the record.
+        model: of the call that made it.
         settings: of that call.
-        names: stems of the files; TASK-0, TASK-1, ... by default.
-        inputs: what each output answers (a path, a text), for the JSON.
 
     Returns:
-        Path of the JSON file.
-
-    Raises:
-        ConfigError: two outputs have one name.
-        OSError: a file cannot be written.
+        Its item of the record, for `write_record`.
     """
-    folder = Path(folder)
-    names = [f"{task}-{i}" for i in range(len(outputs))] if names is None else names
-    if len({name.removesuffix("-full").removesuffix("-history") for name in names}) != len(outputs):
-        raise ConfigError(
-            f"names: expected {len(outputs)} different names, -full and -history apart, got {list(names)}"
-        )
-    rate = model.codec.config.mel.sample_rate
-    items = []
-    for number, (name, output) in enumerate(zip(names, outputs, strict=True)):
-        files = {}
-        waves = {"wav": (f"{name}.wav", output.wav)}
-        if len(output.full_wav) > len(output.wav):
-            waves["full_wav"] = (f"{name}-full.wav", output.full_wav)
-        for kind, (file, wave) in waves.items():
-            if len(wave):
-                save_wav(folder / file, wave, rate)
-                files[kind] = file
-        if output.text:
-            atomic_write(folder / f"{name}.txt", f"{output.text}\n".encode())
-            files["text"] = f"{name}.txt"
-        if TASKS[output.task].converses:
-            save_history(folder / f"{name}-history.json", model, output.history)
-            files["history"] = f"{name}-history.json"
-        own = output.settings != dataclasses.replace(settings, seed=output.seed)
-        items.append(
-            {
-                "name": name,
-                "task": output.task,
-                "input": None if inputs is None else inputs[number],
-                "text": output.text,
-                **({"thinking": output.thinking} if output.thinking else {}),
-                "seconds": len(output.wav) / rate,
-                "patches": -(-len(output.codes_MR) // model.generator.config.group_size),
-                "positions": output.positions,
-                "stopped": output.stopped,
-                "seed": output.seed,
-                **({"settings": dataclasses.asdict(output.settings)} if own else {}),
-                "files": files,
-            }
-        )
+    folder, rate = Path(folder), model.codec.config.mel.sample_rate
+    files = {}
+    waves = {"wav": (f"{name}.wav", output.wav)}
+    if len(output.full_wav) > len(output.wav):
+        waves["full_wav"] = (f"{name}-full.wav", output.full_wav)
+    for kind, (file, wave) in waves.items():
+        if len(wave):
+            save_wav(folder / file, wave, rate)
+            files[kind] = file
+    if output.text:
+        atomic_write(folder / f"{name}.txt", f"{output.text}\n".encode())
+        files["text"] = f"{name}.txt"
+    if TASKS[output.task].converses:
+        save_history(folder / f"{name}-history.json", model, output.history)
+        files["history"] = f"{name}-history.json"
+    own = output.settings != dataclasses.replace(settings, seed=output.seed)
+    return {
+        "name": name,
+        "task": output.task,
+        "input": answers,
+        "text": output.text,
+        **({"thinking": output.thinking} if output.thinking else {}),
+        "seconds": len(output.wav) / rate,
+        "patches": -(-len(output.codes_MR) // model.generator.config.group_size),
+        "positions": output.positions,
+        "stopped": output.stopped,
+        "seed": output.seed,
+        **({"settings": dataclasses.asdict(output.settings)} if own else {}),
+        "files": files,
+    }
+
+
+def write_record(
+    folder: str | Path,
+    task: str,
+    model: SpeechModel,
+    items: Sequence[Mapping[str, Any]],
+    timing: Timing,
+    settings: GenerationSettings,
+) -> Path:
+    """Writes TASK.json: settings, timings and what `write_output` has returned so far; returns its path."""
     record = {
         "task": task,
         "model": dict(model.description),
@@ -101,7 +99,7 @@ def write_outputs(
         },
         "items": items,
     }
-    path = folder / f"{task}.json"
+    path = Path(folder) / f"{task}.json"
     atomic_write(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return path
 

@@ -59,7 +59,7 @@ class TaskPrompt:
     Attributes:
         prompt: positions to start from.
         stop_ids: ids that end the answer.
-        allowed_ids: ids that can occur in the answer, stop ids included.
+        allowed_ids: int32, ids that can occur in the answer, stop ids included.
         text_sampling: sampler of the text head, as published for the task.
         forced_ids: ids of the first positions of the answer, -1 = free (`Prompts.hold_text`).
         text: ids of the words to be spoken, where the task gives them.
@@ -69,7 +69,7 @@ class TaskPrompt:
 
     prompt: Prompt
     stop_ids: tuple[int, ...]
-    allowed_ids: tuple[int, ...]
+    allowed_ids: np.ndarray
     text_sampling: SamplingConfig = DEFAULT_TEXT
     forced_ids: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
@@ -124,16 +124,17 @@ class Prompts:
 
     def asr(self, codes_MR: np.ndarray, template: int | None = None, seed: int = 0) -> TaskPrompt:
         """Speech to be transcribed. Template: an index into `asr_templates`, or drawn by the seed."""
+        wording = self._wording(asr_templates(), template, seed)
         if self.kind == "base":
             return self._written(self._base(Speech(codes_MR), NEWLINE), GREEDY)
-        return self._written(chat.asr(codes_MR, choose_template(asr_templates(), template, seed)), GREEDY)
+        return self._written(chat.asr(codes_MR, wording), GREEDY)
 
     def tts(self, text: str, template: int | None = None, seed: int = 0) -> TaskPrompt:
         """Text to be spoken. Template: an index into `tts_templates`."""
         self._require(text, "text")
+        wording = self._wording(tts_templates(text), template, seed)
         if self.kind == "base":
             return self._spoken((*self._base(text, NEWLINE), Text((SOSTM,))), TTS_TEXT, text)
-        wording = choose_template(tts_templates(text), template, seed)
         return self._spoken((*chat.tts(text, wording), Text((SOSTM,))), TTS_TEXT, chat.capitalize(text))
 
     def instruct_tts(
@@ -146,12 +147,12 @@ class Prompts:
     ) -> TaskPrompt:
         """Text to be spoken in a style; without an instruction, the text itself describes style and words."""
         self._require(text, "text")
+        wording = self._wording(tts_templates(text), template, seed)
         if self.kind == "base":
             if instruction is None or voice_MR is not None:
                 raise ConfigError("instruct-tts: base prompts need an instruction and take no voice")
             pieces = (text, OPEN_INSTRUCTION, instruction, CLOSE_INSTRUCTION)
             return self._spoken((*self._base(*pieces), Text((SOSTM,))), TTS_TEXT, text)
-        wording = choose_template(tts_templates(text), template, seed)
         segments = chat.instruct_tts(text, wording, instruction, voice_MR)
         said = "" if instruction is None else chat.capitalize(text)
         return self._spoken(segments, TTS_TEXT, said, thinking=True)
@@ -159,8 +160,8 @@ class Prompts:
     def understanding(self, codes_MR: np.ndarray, question: str, thinking: bool = False) -> TaskPrompt:
         """A question about a recording."""
         self._require(question, "text")
+        self._chat_only("thinking", "it", thinking)
         if self.kind == "base":
-            self._no_thinking(thinking)
             pieces = (Speech(codes_MR), f"Question: {question}\nAnswer:")
             return self._written(self._base(*pieces), UNDERSTANDING_TEXT)
         return self._written(chat.understanding(codes_MR, question, thinking), UNDERSTANDING_TEXT, thinking)
@@ -180,7 +181,7 @@ class Prompts:
             voice_MR: codes of a recording whose voice the answer has.
             history: what the model has seen and said so far; system and voice stand in it, if anywhere.
         """
-        self._chat_only("dialogue")
+        self._chat_only("dialogue", "conversations")
         segments = chat.dialogue(turns, None, *((None, None) if history else (system, voice_MR)))
         return self._spoken((*segments, Text((SOSTM,))), DIALOGUE_TEXT, history=history)
 
@@ -191,7 +192,7 @@ class Prompts:
         history: Prompt | None = None,
     ) -> TaskPrompt:
         """Speech or text to be answered by text: arguments as `spoken_dialogue`; turns of the assistant are texts."""
-        self._chat_only("dialogue")
+        self._chat_only("dialogue", "conversations")
         if isinstance(turns[-1], str):
             self._require(turns[-1], "text")
         sampling = CHAT_TEXT if isinstance(turns[-1], str) else DIALOGUE_TEXT
@@ -218,7 +219,7 @@ class Prompts:
         special = self._tokenizer.special
         stops = (special["<|eosp|>"], special["<|endoftext|>"])
         prompt = self._render([Text((PREFIX_SPEECH,)), Speech(codes_MR, open=True)])
-        return TaskPrompt(prompt, stops, (special["<|empty|>"], *stops))
+        return TaskPrompt(prompt, stops, np.array([special["<|empty|>"], *stops]))
 
     def clone(
         self,
@@ -241,6 +242,7 @@ class Prompts:
         self._require(text, "text")
         if voice_text is None and self.kind == "base":
             raise ConfigError("voice_text: expected what is said in the recording, which base prompts need")
+        wording = self._wording(tts_templates(text), template, seed)
         said = text = text.strip()
         start: Segment = Text((SOSTM,))
         if voice_text is not None:
@@ -252,7 +254,6 @@ class Prompts:
             segments = (*self._base(said, NEWLINE), start)
         else:
             system = chat.user(chat.STYLE_VOICE_SYSTEM, Speech(voice_MR), role="system")
-            wording = choose_template(tts_templates(text), template, seed)
             segments = (*system, chat.spoken_request(f"{wording}: {said}"), *chat.opening(), start)
         task = self._spoken(segments, TTS_TEXT, said)
         spoken = len(voice_MR) // self._config.group_size
@@ -281,7 +282,7 @@ class Prompts:
         ids = ids[: ids.index(special["<|eot|>"]) + 2]
         if task.stream is None:
             ids = [*self._tokenizer.encode(f"\n{chat.CLOSE_THINK}"), special[SOSTM], *ids]
-        return dataclasses.replace(task, forced_ids=tuple(ids[task.stream or 0 :]), allowed_ids=(empty, end))
+        return dataclasses.replace(task, forced_ids=tuple(ids[task.stream or 0 :]), allowed_ids=np.array([empty, end]))
 
     def closed(self, answer: Prompt) -> Prompt:
         """An answer with the end of the assistant's turn, as a conversation goes on from it."""
@@ -300,9 +301,7 @@ class Prompts:
     ) -> TaskPrompt:
         """A text is the answer."""
         stops = self._stops()
-        return TaskPrompt(
-            self._render(segments, history), stops, (*self._text_ids, *stops), sampling, thinking=thinking
-        )
+        return TaskPrompt(self._render(segments, history), stops, self._text_and(*stops), sampling, thinking=thinking)
 
     def _spoken(
         self,
@@ -321,7 +320,7 @@ class Prompts:
         return TaskPrompt(
             prompt,
             stops,
-            (*self._text_ids, *extra, *stops),
+            self._text_and(*extra, *stops),
             sampling,
             text=tuple(self._tokenizer.encode(said)),
             stream=None if thinking else len(prompt.text) - 1 - int(begins[-1]),
@@ -334,10 +333,12 @@ class Prompts:
         return (special["<|endoftext|>"], *end)
 
     @functools.cached_property
-    def _text_ids(self) -> tuple[int, ...]:
+    def _text_ids(self) -> np.ndarray:
         """Ids of ordinary text."""
-        special = set(self._tokenizer.special.values())
-        return tuple(i for i in range(self._tokenizer.vocab_size) if i not in special)
+        return np.setdiff1d(np.arange(self._tokenizer.vocab_size), [*self._tokenizer.special.values()])
+
+    def _text_and(self, *ids: int) -> np.ndarray:
+        return np.append(self._text_ids, ids).astype(np.int32)
 
     # Pieces -----------------------------------------------------------------------------------------------
 
@@ -357,10 +358,11 @@ class Prompts:
         if not text.strip():
             raise ConfigError(f"{name}: expected some words, got none")
 
-    def _no_thinking(self, thinking: bool) -> None:
-        if thinking:
-            raise ConfigError("thinking: expected chat prompts (base models have not learnt it)")
+    def _chat_only(self, name: str, unlearnt: str, given: bool = True) -> None:
+        """Refuses a base model what it has not learnt."""
+        if given and self.kind == "base":
+            raise ConfigError(f"{name}: expected chat prompts (base models have not learnt {unlearnt})")
 
-    def _chat_only(self, task: str) -> None:
-        if self.kind != "chat":
-            raise ConfigError(f"{task}: expected chat prompts (base models have not learnt conversations)")
+    def _wording(self, templates: Sequence[str], index: int | None, seed: int) -> str:
+        self._chat_only("template", "other wordings than one", index is not None)
+        return choose_template(templates, index, seed)

@@ -26,7 +26,6 @@ from mimo_jax.config import ConfigError
 from mimo_jax.generation.app import GenerationSettings, SpeechModel, TaskRequest
 from mimo_jax.generation.outputs import load_history
 from mimo_jax.generation.sampling import SamplingConfig
-from mimo_jax.generation.tasks import TASKS
 
 # Settings of a request and their types; the samplers' are spelled out one by one.
 SETTINGS: Mapping[str, type] = {
@@ -94,6 +93,7 @@ def read_requests(path: str | Path, task: str) -> list[dict[str, Any]]:
             request = json.loads(line)
             if not isinstance(request, dict):
                 raise ConfigError(f"expected a JSON object, got {line[:60]!r}")
+            request = {"task": task, **request}
             check_request(request)
         except ValueError as error:
             raise ConfigError(f"{path}:{number}: {error}") from None
@@ -104,14 +104,14 @@ def read_requests(path: str | Path, task: str) -> list[dict[str, Any]]:
             for key in ("audio", "input", "output"):
                 if key in item:
                     item[key] = str(path.parent / item[key])
-        requests.append({"task": task, **request})
+        requests.append(request)
     if not requests:
         raise ConfigError(f"{path}: expected at least one request")
     return requests
 
 
 def check_request(request: Mapping[str, Any]) -> None:
-    """Checks keys and types of a request that is not a `TaskRequest` yet.
+    """Checks a request whose recordings and history are still names of files.
 
     Raises:
         ConfigError: it cannot be one.
@@ -126,8 +126,6 @@ def check_request(request: Mapping[str, Any]) -> None:
     name = request.get("name", "output")
     if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"name: expected the name of a file without folder and suffix, got {name!r}")
-    if request.get("task", "asr") not in TASKS:
-        raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {request['task']!r}")
     items = {"examples": {"input", "output", "text"}, "turns": {"role", "text", "audio"}}
     for field, keys in items.items():
         for item in request.get(field, ()):
@@ -141,6 +139,12 @@ def check_request(request: Mapping[str, Any]) -> None:
         if item.get("role") != role or not (set(item) - {"role"}) or (spoken and len(item) != 3):
             wanted = "text and audio" if spoken else "text or audio"
             raise ConfigError(f"turns: expected turn {number} to be of role {role} with {wanted}, got {item!r}")
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in request.items()
+        if key in _FIELDS and key != "name"
+    }
+    TaskRequest(**fields)
 
 
 def make_requests(

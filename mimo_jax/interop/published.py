@@ -31,6 +31,8 @@ from mimo_jax.config import (
 )
 from mimo_jax.interop import names
 from mimo_jax.interop.safetensors import Reader, SafetensorsError, describe
+from mimo_jax.sharding import unboxed
+from mimo_jax.trees import flatten, nest
 
 Config = AudioLMConfig | AudioTokenizerConfig
 Kind = Literal["audio_tokenizer", "audio_lm", "text_lm"]
@@ -391,26 +393,6 @@ def added_tokens(folder: str | os.PathLike[str]) -> dict[str, int]:
 # Arrays
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dictionaries by their path, as in `params/llm/embedding`."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
-
-
-def nested(leaves: Mapping[str, Any]) -> Tree:
-    """The inverse of `flat`."""
-    tree: Tree = {}
-    for path, value in leaves.items():
-        *groups, last = path.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = value
-    return tree
-
-
 @functools.cache
 def shapes_of(config: Config) -> Mapping[str, names.Shape]:
     """Shapes of our arrays by path, layers stacked: `params/...`, of a tokenizer also `codebook/...`, `buffers/...`."""
@@ -420,14 +402,11 @@ def shapes_of(config: Config) -> Mapping[str, names.Shape]:
     else:
         from mimo_jax.models.tokenizer.audio_tokenizer import init_variables as init
 
-    def shape(box: Any) -> names.Shape:
-        return getattr(box, "value", box).shape
-
     boxes: Any = jax.eval_shape(lambda: init(config, ComputeConfig(), jax.random.key(0)))
-    tree = jax.tree.map(shape, boxes, is_leaf=lambda x: hasattr(x, "names"))
+    tree = jax.tree.map(lambda x: x.shape, unboxed(boxes))
     if isinstance(config, AudioTokenizerConfig):
         tree["buffers"] = jax.tree.map(np.shape, default_buffers(config))
-    return flat(tree)
+    return flatten(tree)
 
 
 def default_buffers(config: AudioTokenizerConfig) -> Tree:
@@ -480,7 +459,7 @@ def _load(folder: str | os.PathLike[str], config: Config, dtype: Any) -> Tree:
             if tensor.path not in arrays:
                 arrays[tensor.path] = np.empty(shapes[tensor.path], dtype or rows.dtype)
             arrays[tensor.path][tensor.place()] = tensor.from_published(rows)
-    return nested(arrays)
+    return nest(arrays)
 
 
 def load_tokenizer(folder: str | os.PathLike[str], dtype: Any = None) -> tuple[AudioTokenizerConfig, Tree]:
@@ -517,6 +496,6 @@ def to_published(tree: Mapping[str, Any], config: Config) -> dict[str, np.ndarra
     tree = {"params": tree} if isinstance(config, AudioLMConfig) else dict(tree)
     if "codebook" in tree and isinstance(config, AudioTokenizerConfig):
         tree.setdefault("buffers", default_buffers(config))
-    arrays = {path: np.asarray(x) for path, x in flat(tree).items()}
+    arrays = {path: np.asarray(x) for path, x in flatten(tree).items()}
     tensors = sorted(tensors_of(config, {path: x.shape for path, x in arrays.items()}))
     return {t.name: np.ascontiguousarray(t.to_published(arrays[t.path][t.place()])) for t in tensors}

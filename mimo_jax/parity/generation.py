@@ -79,20 +79,13 @@ def prompts(case: Case) -> None:
         ids = write_ids(Groups.of_prompt(task.prompt, config), config)
         case.check(name, ids)
         recorded = Groups.of_spans(render_segments(call["segments"], codes, tokenizer, config), config)
-        expected = {
-            "stop_token_ids": sorted(call["stop_token_ids"]),
-            "global_sampler": _sampling(call["global_sampler"]),
-            "local_sampler": _sampling(call["local_sampler"]),
-            "segments": write_ids(recorded, config).tolist(),
-        }
-        actual = {
-            "stop_token_ids": sorted(task.stop_ids),
-            "global_sampler": task.text_sampling,
-            "local_sampler": PATCHES,
-            "segments": ids.tolist(),
-        }
-        for key, value in expected.items():
-            case.check_value(f"prompts.json/{name}/{key}", value, actual[key])
+        for key, expected, actual in (
+            ("stop_token_ids", sorted(call["stop_token_ids"]), sorted(task.stop_ids)),
+            ("global_sampler", _sampling(call["global_sampler"]), task.text_sampling),
+            ("local_sampler", _sampling(call["local_sampler"]), PATCHES),
+            ("segments", write_ids(recorded, config).tolist(), ids.tolist()),
+        ):
+            case.check_value(f"prompts.json/{name}/{key}", expected, actual)
 
 
 def _templates(case: Case) -> None:

@@ -15,13 +15,12 @@ from mimo_jax.generation.generate import Generator
 from mimo_jax.generation.prompts import asr_templates, tts_templates
 from mimo_jax.generation.sampling import GREEDY
 from mimo_jax.interop.published import read_lm_config, read_tokenizer_config
-from mimo_jax.models.tokenizer import reference
 from mimo_jax.models.tokenizer.codec import Codec
 from mimo_jax.parity.harness import Case, ParityError, load_arrays, read_json
 from mimo_jax.parity.language_model import ReferenceRow, cached_lm
 from mimo_jax.parity.rvq import DISTANCE_TOLERANCE, decided, margins
 from mimo_jax.parity.sequences import Groups, read_ids, write_ids
-from mimo_jax.parity.tokenizer import cached_codec, quantizer_inputs
+from mimo_jax.parity.tokenizer import cached_codec, pad_to_groups, quantizer_inputs
 from mimo_jax.text.tokenizers import load_text_tokenizer
 
 
@@ -150,7 +149,7 @@ def _prompts_decided(
         parts, first = [np.zeros((0, config.num_channels), bool)], 0
         for z_MD in (next(inputs) for _ in wavs):
             gaps_MR = margins(codec.variables["codebook"], z_MD, codes_NR[first : first + len(z_MD)])
-            parts.append(reference.pad_to_groups(decided(gaps_MR, DISTANCE_TOLERANCE), config.group_size))
+            parts.append(pad_to_groups(decided(gaps_MR, DISTANCE_TOLERANCE), config.group_size))
             first += len(parts[-1])
         ok_TGR = np.ones(groups.codes_TGR.shape, bool)
         ok_TGR[groups.text_T == config.empty_id] = np.concatenate(parts).reshape(-1, *ok_TGR.shape[1:])

@@ -33,11 +33,12 @@ from typing import Any
 import jax
 
 import mimo_jax
-from mimo_jax.atomic import atomic_write
+from mimo_jax.atomic import atomic_write, sync_folder
 from mimo_jax.config import JobConfig
 from mimo_jax.config_files import from_config_dict, to_json
 from mimo_jax.training import lora
 from mimo_jax.training.state import Tree
+from mimo_jax.trees import flatten, nest
 
 FORMAT = 2  # 2: codebooks hold their entries
 FOLDER = "checkpoints"
@@ -90,14 +91,11 @@ def _digests(step_dir: Path, names: list[str], sync: bool = False) -> Iterator[t
 
 
 def write_marker(step_dir: Path) -> None:
-    """Puts every file of a step on disk, then writes the marker with their sums."""
+    """Puts every file of a step and its name on disk, then writes the marker with their sums."""
     marker = {"format": FORMAT, "files": dict(_digests(step_dir, _files(step_dir), sync=True))}
+    for folder in (step_dir.parent, *(p for p in step_dir.rglob("*") if p.is_dir())):
+        sync_folder(folder)
     atomic_write(step_dir / MARKER, json.dumps(marker, indent=1).encode())
-    descriptor = os.open(step_dir, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def verify(step_dir: str | os.PathLike[str], items: Sequence[str] | None = None) -> None:
@@ -237,24 +235,21 @@ def check_same_run(
     Raises:
         CheckpointError: another setting or the data differ; names the first one and both values.
     """
-    new = _flat(json.loads(to_json(config)))
-    old = _flat(json.loads(to_json(from_config_dict(meta["config"]))))  # settings that are newer have their defaults
-    for key in sorted(set(new) | set(old)):
-        if new.get(key) != old.get(key) and not any(re.fullmatch(pattern, key) for pattern in _MAY_CHANGE):
+    known = json.loads(to_json(from_config_dict(meta["config"])))  # settings that are newer have their defaults
+    for key, old, new in _differences(known, json.loads(to_json(config))):
+        if not any(re.fullmatch(pattern, key) for pattern in _MAY_CHANGE):
             raise CheckpointError(
-                f"{where}: config.{key} was {old.get(key)!r} and is {new.get(key)!r} now: "
+                f"{where}: config.{key} was {old!r} and is {new!r} now: "
                 "a run can only be continued with the settings it began with; use another working directory"
             )
-    new, old = _flat(json.loads(json.dumps(dict(data_fingerprint)))), _flat(meta["data_fingerprint"])
-    for key in sorted(set(new) | set(old)):
-        if new.get(key) != old.get(key):
-            raise CheckpointError(f"{where}: the data changed: {key} was {old.get(key)!r} and is {new.get(key)!r} now")
+    for key, old, new in _differences(meta["data_fingerprint"], json.loads(json.dumps(dict(data_fingerprint)))):
+        raise CheckpointError(f"{where}: the data changed: {key} was {old!r} and is {new!r} now")
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict) and tree:
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): tree}
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], separator: str = ".") -> list[tuple[str, Any, Any]]:
+    """(path, old, new) of the leaves that differ, by name; None where there is no such leaf."""
+    old, new = flatten(old, separator), flatten(new, separator)
+    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -515,15 +510,15 @@ def read_variables(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
     if base is None:
         return _read_stored(step_dir, abstract)
     variables = read_variables(base, abstract)
-    wanted = lora.flatten(abstract["params"])
-    beside = {p: x for p, x in lora.flatten(_stored_shapes(step_dir)["params"]).items() if lora.target(p) in wanted}
+    wanted = flatten(abstract["params"])
+    beside = {p: x for p, x in flatten(_stored_shapes(step_dir)["params"]).items() if lora.target(p) in wanted}
     if not beside:
         return variables
     placement = next(iter(wanted.values())).sharding
     if isinstance(placement, jax.sharding.NamedSharding):
         placement = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec())
     shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement) for p, x in beside.items()}
-    learnt = _read_stored(step_dir, {"params": lora.nest(shapes)})["params"]
+    learnt = _read_stored(step_dir, {"params": nest(shapes)})["params"]
     config = from_config_dict(read_meta(step_dir)["config"]).lora  # type: ignore[union-attr]
     merged = lora.merge_lora(config, variables["params"], learnt)
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), merged, abstract["params"])
@@ -542,15 +537,12 @@ def _read_stored(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
         return reader.restore(Path(step_dir).absolute() / "variables", arguments)
 
 
-def load_params(
-    path: str | os.PathLike[str], step: int | None = None, shardings: Tree | None = None
-) -> tuple[JobConfig, Tree, dict[str, Any]]:
-    """Loads a trained model for inference; the optimiser's state is not read.
+def load_params(path: str | os.PathLike[str], step: int | None = None) -> tuple[JobConfig, Tree, dict[str, Any]]:
+    """Loads a trained model for inference, onto the first local device; the optimiser's state is not read.
 
     Args:
         path: working directory of a run, its `checkpoints` folder, or the folder of one step.
         step: step to load, the newest intact one by default.
-        shardings: tree of shardings like the variables, or one for all; the first local device by default.
 
     Returns:
         The config of the job, `{"params": ..., "codebook": ...}` and the saved meta.
@@ -560,15 +552,10 @@ def load_params(
     """
     step_dir = open_step(path, step)
     meta = read_meta(step_dir)
-    config = from_config_dict(meta["config"])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = saved_shapes(step_dir)
-    if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if isinstance(shardings, jax.sharding.Sharding):
-        whole = shardings
-        shardings = jax.tree.map(lambda _: whole, shapes)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    return config, read_variables(step_dir, abstract), meta
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    return from_config_dict(meta["config"]), read_variables(step_dir, abstract), meta
 
 
 def transfer(
@@ -604,19 +591,8 @@ def transfer(
             raise CheckpointError(
                 f"{step_dir}: was trained with {name.replace('_', ' ')} {old}, the data of this run are of {new}"
             )
-    for group in groups:
-        old, new = (
-            {jax.tree_util.keystr(k, simple=True, separator="/"): leaf.shape for k, leaf in _leaves(tree[group])}
-            for tree in (saved, wanted)
-        )
-        for name in sorted(set(old) | set(new)):
-            if old.get(name) != new.get(name):
-                raise CheckpointError(
-                    f"{step_dir}: parameter {group}/{name}: expected {new.get(name, 'no such parameter')}, "
-                    f"the checkpoint has {old.get(name, 'no such parameter')}"
-                )
+    old, new = (jax.tree.map(lambda x: x.shape, {group: tree[group] for group in groups}) for tree in (saved, wanted))
+    for name, *shapes in _differences(old, new, "/"):
+        found, expected = ("no such parameter" if shape is None else shape for shape in shapes)
+        raise CheckpointError(f"{step_dir}: parameter {name}: expected {expected}, the checkpoint has {found}")
     return read_variables(step_dir, {"params": {group: wanted[group] for group in groups}})["params"]
-
-
-def _leaves(tree: Tree) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)

@@ -21,13 +21,14 @@ from mimo_jax.config import ConfigError, LMTrainConfig
 from mimo_jax.data.lm_rows import lm_loader
 from mimo_jax.models.audio_lm import AudioLM, abstract_params, init_params
 from mimo_jax.rows import LMRows
-from mimo_jax.sharding import batch_sharding, make_mesh, shardings
+from mimo_jax.sharding import batch_sharding, make_mesh, shardings, unboxed
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training import lm_loss, loop, lora
-from mimo_jax.training.checkpoint import CheckpointStore, base_of, make_meta, open_step, reference, transfer
+from mimo_jax.training.checkpoint import CheckpointStore, base_of, open_step, reference, transfer
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, make_optimizer, schedule, trained
 from mimo_jax.training.state import TrainState, Tree
+from mimo_jax.trees import flatten, nest
 
 CODES_PER_SECOND = 25.0  # frames of the audio tokenizer
 
@@ -154,7 +155,8 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
             lambda state, rows: update(state, rows, base),
             loader,
             validate,
-            run=run,
+            config=cfg,
+            groups=groups,
             view=loop.View(
                 describe,
                 losses={"text": "text/word_ce", "audio": "audio/ce"},
@@ -165,10 +167,8 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
             put=put,
             store=store,
             writer=writer,
-            make_meta=lambda step, counters: make_meta(
-                step, cfg, loader.state(), loader.fingerprint, groups, counters, stands_on
-            ),
             counters=counters,
+            base=stands_on,
         )
     finally:
         writer.close()
@@ -177,15 +177,10 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         validation.close()
 
 
-def unboxed(boxes: Tree) -> Tree:
-    """Shapes out of their boxes (see `abstract_params`)."""
-    return jax.tree.map(lambda box: box.value, boxes, is_leaf=lambda x: hasattr(x, "names"))
-
-
 def _base_shapes(everything: Tree, learnt: Tree) -> Tree:
     """Shapes of a model whose trained tables are float32, as `learnt` has them."""
-    tables = lora.flatten(unboxed(learnt))
-    return lora.nest({path: tables.get(path, x) for path, x in lora.flatten(unboxed(everything)).items()})
+    tables = flatten(unboxed(learnt))
+    return nest({path: tables.get(path, x) for path, x in flatten(unboxed(everything)).items()})
 
 
 def model_variables(cfg: LMTrainConfig, params: Tree, base: Tree) -> dict[str, Tree]:

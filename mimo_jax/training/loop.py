@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.atomic import atomic_write
-from mimo_jax.config import ConfigError, JobConfig, RunConfig
+from mimo_jax.config import ConfigError, JobConfig, RunConfig, TrainingConfig
 from mimo_jax.config_files import to_json
 from mimo_jax.data.loader import RowLoader
+from mimo_jax.progress import clock
 from mimo_jax.sharding import BATCH_AXES
 from mimo_jax.training import metrics as metrics_lib
-from mimo_jax.training.checkpoint import CheckpointStore, check_same_run, read_meta
+from mimo_jax.training.checkpoint import CheckpointStore, check_same_run, make_meta, read_meta
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.state import TrainState, Tree
 
@@ -323,7 +324,7 @@ class Reporter:
                 parts.append(f"MFU {values['mfu']:.1%} of {values['mfu_peak'] / 1e12:,.0f} TFLOP/s")
             else:
                 parts.append(f"{values['flops_per_second'] / 1e9:,.0f} GFLOP/s")
-            parts.append(f"ETA {metrics_lib.clock((self._run.steps - step) * self._seconds / self._steps)}")
+            parts.append(f"ETA {clock((self._run.steps - step) * self._seconds / self._steps)}")
         if skipped:
             parts.append(f"SKIPPED {skipped} non-finite steps")
         return "  ".join(parts)
@@ -343,13 +344,14 @@ def train_loop(
     loader: RowLoader,
     validate: Callable[[TrainState], dict[str, float]],
     *,
-    run: RunConfig,
+    config: TrainingConfig,
+    groups: list[str],
     view: View,
     put: Callable[[Any], Any],
     store: CheckpointStore,
     writer: MetricsWriter,
-    make_meta: Callable[[int, Mapping[str, float]], dict[str, Any]],
     counters: Mapping[str, float],
+    base: Mapping[str, str] | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `run.steps`.
 
@@ -363,16 +365,18 @@ def train_loop(
         train_step: jitted step with donated state.
         loader: positioned at the batch of step `state.step`.
         validate: metrics of the validation set; run before the first step, every `run.eval_every` steps and at the end.
+        config: settings of the job, for the checkpoints; `run` is its part.
+        groups: see `make_meta`.
         put: moves host-local rows to the devices.
-        make_meta: (step, counters) -> JSON to save with a checkpoint.
         counters: totals at `state.step`.
+        base: see `make_meta`.
 
     Raises:
         TrainingError: `run.max_bad_steps` steps in a row were not finite.
         CheckpointError: a checkpoint could not be written.
         SystemExit: stopped by a signal.
     """
-    first = int(state.step)
+    run, first = config.run, int(state.step)
     if first >= run.steps:
         writer.say(f"step {first}/{run.steps}  nothing to do: this run is finished")
         return state
@@ -421,7 +425,8 @@ def train_loop(
             if saving:
                 with reporter.pause():
                     writer.sync()
-                    meta = make_meta(step, reporter.counters)
+                    data = loader.state(), loader.fingerprint
+                    meta = make_meta(step, config, *data, groups, reporter.counters, base)
                     store.save(step, state.variables(), state.progress(), meta)
             if stopping:
                 break

@@ -26,28 +26,10 @@ import jax.numpy as jnp
 from mimo_jax.config import ConfigError, LoRAConfig
 from mimo_jax.models.transformer import initializer
 from mimo_jax.training.state import Tree
+from mimo_jax.trees import flatten, nest
 
 _TABLES = re.compile(r"(llm|patch_encoder)/embedding|llm/head|patch_decoder/head_\d+/kernel")
 _INPUT_AXES = {"out": 2, "projection": 2}  # axes of a kernel that are its input, where that is not one
-
-
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Leaves by path."""
-    if not isinstance(tree, Mapping):
-        return {prefix.removesuffix("/"): tree}
-    return {path: leaf for key, sub in tree.items() for path, leaf in flatten(sub, f"{prefix}{key}/").items()}
-
-
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        place = tree
-        for key in parents:
-            place = place.setdefault(key, {})
-        place[name] = leaf
-    return tree
 
 
 def is_table(path: str) -> bool:

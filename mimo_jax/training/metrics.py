@@ -188,13 +188,3 @@ def drop_after(path: Path, step: int) -> None:
         return
     kept = "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step)
     atomic_write(path, kept.encode())
-
-
-def clock(seconds: float) -> str:
-    """`4s`, `2m05s`, `3h07m`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

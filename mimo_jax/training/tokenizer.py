@@ -25,7 +25,7 @@ from mimo_jax.rows import TokenizerRows
 from mimo_jax.sharding import batch_sharding, make_mesh, shardings, unboxed
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training import loop, tokenizer_loss
-from mimo_jax.training.checkpoint import CheckpointStore, make_meta
+from mimo_jax.training.checkpoint import CheckpointStore
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, make_optimizer, schedule
 from mimo_jax.training.state import TrainState
@@ -126,7 +126,8 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
             train_step,
             loader,
             validate,
-            run=run,
+            config=cfg,
+            groups=list(GROUPS),
             view=loop.View(
                 describe,
                 losses={"text": "a2t", "mel": "mel", "perplexity": "level/00/perplexity"},
@@ -137,9 +138,6 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
             put=put,
             store=store,
             writer=writer,
-            make_meta=lambda step, counters: make_meta(
-                step, cfg, loader.state(), loader.fingerprint, list(GROUPS), counters
-            ),
             counters=counters,
         )
     finally:

@@ -19,8 +19,8 @@ from mimo_jax.generation.app import (
     run_tasks,
     transcribe,
 )
-from mimo_jax.generation.generate import Generated, Timing
-from mimo_jax.generation.outputs import load_history, save_history, write_outputs
+from mimo_jax.generation.generate import Bucket, Generated, Timing
+from mimo_jax.generation.outputs import check_names, load_history, save_history, write_output, write_record
 from mimo_jax.generation.prompts import Prompts
 from mimo_jax.generation.sampling import GREEDY
 from mimo_jax.generation.tasks import TASKS
@@ -122,8 +122,8 @@ def test_held_text_is_what_is_said_whatever_the_model_would_say(chat):
 
 def test_a_conversation_goes_on_from_its_file(chat, tmp_path):
     settings = GenerationSettings(max_seconds=0.5, max_text=8)
-    first, timing = run_tasks(chat, [TaskRequest(task="chat", text="hello")], settings)
-    write_outputs(tmp_path, "chat", chat, first, timing, settings)
+    first, _ = run_tasks(chat, [TaskRequest(task="chat", text="hello")], settings)
+    write_output(tmp_path, "chat-0", first[0], None, chat, settings)
     history = load_history(tmp_path / "chat-0-history.json", chat)
     assert len(history) == 1
     np.testing.assert_array_equal(history[0].text, first[0].history[0].text)
@@ -168,6 +168,15 @@ def test_an_impossible_request_is_named_before_anything_is_generated(chat, monke
     base = dataclasses.replace(chat, prompts="base")
     with pytest.raises(ConfigError, match="dialogue: expected chat prompts"):
         run_tasks(base, [TaskRequest(task="dialogue", audio=noise(0.3))])
+    for fields in (
+        dict(task="asr", audio=noise(0.3)),
+        dict(task="tts", text="a"),
+        dict(task="clone", text="a", voice=noise(0.3), voice_text="b"),
+    ):
+        with pytest.raises(ConfigError, match=r"template: expected chat prompts \(base models have not learnt other"):
+            run_tasks(base, [TaskRequest(**fields, template=0)])
+    with pytest.raises(ConfigError, match=r"bucket: expected at least Bucket\(requests=1, prompt=64, "):
+        run_tasks(chat, requests[:1], bucket=Bucket(1, 16, 16, 512))
     with pytest.raises(ConfigError, match="force_text: expected a task whose words are given"):
         run_tasks(chat, [TaskRequest(task="asr", audio=noise(0.3))], GenerationSettings(force_text=True))
     with pytest.raises(ConfigError, match="request 0: max_positions: expected at most 32768"):
@@ -181,7 +190,7 @@ def test_chain_of_thought_is_told_apart_from_the_answer(chat, monkeypatch):
 
     def answers(ids):
         result = Generated(np.asarray(ids, np.int32), none, stop)
-        timing = Timing(0.0, 0.0, 0.0, len(ids), 0)
+        timing = Timing(positions=len(ids))
         monkeypatch.setattr(type(chat.generator), "generate", lambda *_: ([result], timing))
         (output,), _ = run_tasks(chat, [TaskRequest(task="chat", text="a", thinking=True)])
         return output.thinking, output.text
@@ -216,9 +225,9 @@ def test_files_hold_what_was_generated(model, tmp_path):
     settings = GenerationSettings(max_seconds=0.5, min_seconds=0.5)
     outputs, timing = generate_speech_continuation(model, [noise(0.5)], settings)
     spoken = dataclasses.replace(outputs[0], text="some words")
-    path = write_outputs(
-        tmp_path / "new", "continue", model, [outputs[0], spoken], timing, settings, ["a", "b"], ["x", "y"]
-    )
+    folder = tmp_path / "new"
+    items = [write_output(folder, *x, model, settings) for x in (("a", outputs[0], "x"), ("b", spoken, "y"))]
+    path = write_record(folder, "continue", model, items, timing, settings)
     record = json.loads(path.read_text())
     first, second = record["items"]
     assert first["files"] == {"wav": "a.wav", "full_wav": "a-full.wav"} and "text" in second["files"]
@@ -238,11 +247,10 @@ def test_files_hold_what_was_generated(model, tmp_path):
     ]
 
 
-def test_two_outputs_of_one_name_are_refused_before_anything_is_written(model, tmp_path):
-    outputs, timing = transcribe(model, [noise(0.5)] * 2, GenerationSettings(max_text=2))
-    with pytest.raises(ConfigError, match="different names"):
-        write_outputs(tmp_path / "new", "asr", model, outputs, timing, GenerationSettings(), ["a", "a"])
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize("names", [["a", "a"], ["a", "a-full"], ["a-history", "a"]])
+def test_two_outputs_of_one_name_are_refused(names):
+    with pytest.raises(ConfigError, match="2 different names"):
+        check_names(names)
 
 
 def test_a_prompt_shorter_than_a_patch_is_refused(model):

@@ -12,6 +12,7 @@ import numpy as np
 from mimo_jax.config import AudioLMConfig, AudioTokenizerConfig, MelConfig, RVQConfig, TransformerConfig
 from mimo_jax.interop import published, safetensors
 from mimo_jax.text.tokenizers import SPECIAL_TOKENS
+from mimo_jax.trees import nest
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FIRST_SPECIAL = 256
@@ -46,7 +47,7 @@ TOKENIZERS = {"published": tokenizer_config("layernorm", 1, 2), "other": tokeniz
 def arrays(config: published.Config, dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
     """Random arrays for everything a model has; buffers and codebooks are always float32."""
     rng = np.random.default_rng(seed)
-    return published.nested(
+    return nest(
         {
             path: rng.normal(size=shape).astype(dtype if path.startswith("params/") else np.float32)
             for path, shape in published.shapes_of(config).items()

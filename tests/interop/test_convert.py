@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ from mimo_jax.text.tokenizers import SPECIAL_TOKENS, load_text_tokenizer
 from mimo_jax.training import lora
 from mimo_jax.training.checkpoint import CheckpointError, CheckpointStore, find, load_params, make_meta, transfer
 from mimo_jax.training.checkpoint import reference as base_reference
+from mimo_jax.trees import flatten, nest
 
 MODELS = {"audio_lm": (LM, np.float32), "audio_lm, bfloat16": (LM, BF16)} | {
     f"tokenizer, {name}": (config, np.float32) for name, config in TOKENIZERS.items()
@@ -73,7 +75,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def variables_of(path: Path) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in published.flat(load_params(path)[1]).items()}
+    return {name: np.asarray(x) for name, x in flatten(load_params(path)[1]).items()}
 
 
 def test_the_goldens_go_there_and_back(parity_dir, tmp_path):
@@ -101,9 +103,9 @@ def test_a_converted_checkpoint_is_one_like_any_other(converted):
     assert config == c.LMModelConfig(LM, c.ComputeConfig("bfloat16", "bfloat16"), "assets/tokenizer.json")
     assert meta["trained_groups"] == ["llm", "patch_encoder", "patch_decoder"]
     assert meta["data_fingerprint"]["text_tokenizer"] == load_text_tokenizer(ours / "assets").fingerprint
-    assert_same({k: np.asarray(x) for k, x in published.flat(variables["params"]).items()}, published.flat(expected))
+    assert_same({k: np.asarray(x) for k, x in flatten(variables["params"]).items()}, flatten(expected))
     with ocp.StandardCheckpointer() as reader:  # Orbax by itself, without being told what is there
-        assert_same(published.flat(reader.restore(ours.absolute() / "variables")["params"]), published.flat(expected))
+        assert_same(flatten(reader.restore(ours.absolute() / "variables")["params"]), flatten(expected))
 
 
 def test_a_run_starts_from_converted_weights_on_any_mesh_in_its_own_precision(converted):
@@ -117,7 +119,7 @@ def test_a_run_starts_from_converted_weights_on_any_mesh_in_its_own_precision(co
         is_leaf=lambda x: hasattr(x, "names"),
     )
     params = transfer(converted[1], wanted, {"text_tokenizer": "", "audio_tokenizer": "any"})
-    assert_same({k: np.asarray(x) for k, x in published.flat(params).items()}, published.flat(expected))
+    assert_same({k: np.asarray(x) for k, x in flatten(params).items()}, flatten(expected))
     with pytest.raises(CheckpointError, match="was trained with text tokenizer"):
         transfer(converted[1], wanted, {"text_tokenizer": "another"})
 
@@ -131,8 +133,8 @@ def test_a_converted_tokenizer_is_a_codec(tmp_path):
     assert codec.config == config
     assert codec.fingerprint == Codec(config, tree["params"], tree["codebook"], reference_quirks=True).fingerprint
     assert_same(
-        {k: np.asarray(x) for k, x in published.flat(codec.variables).items()},
-        published.flat({name: tree[name] for name in ("params", "codebook")}),
+        {k: np.asarray(x) for k, x in flatten(codec.variables).items()},
+        flatten({name: tree[name] for name in ("params", "codebook")}),
     )
 
 
@@ -151,6 +153,28 @@ def test_nothing_is_overwritten_and_nothing_half_made_is_left(converted, tmp_pat
         with pytest.raises(ZeroDivisionError):
             run(folder, "--out", tmp_path / "broken")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+_KILLED = """
+import os, signal, sys
+from mimo_jax import convert
+convert.checkpoint.write_marker = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+convert.import_published(*sys.argv[1:])
+"""
+
+
+def test_the_next_call_removes_what_a_killed_one_left_and_nothing_else(converted, tmp_path):
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", _KILLED, converted[0], out], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.") and (left / "variables").is_dir()
+    strangers = {f".out.{'0' * 31}g.tmp", f".other.{'0' * 32}.tmp", f".out.{'1' * 32}.tmp"}
+    for name in strangers:
+        (tmp_path / name).mkdir()
+    with convert._locked(tmp_path / f".out.{'1' * 32}.tmp"):  # as a call that is still running does
+        assert run(converted[0], "--out", out) == 0
+    assert names_in(tmp_path) == {"out", *strangers}
 
 
 def test_a_folder_with_a_wrong_tensor_or_a_damaged_checkpoint_is_refused(converted, tmp_path, capsys):
@@ -206,7 +230,7 @@ def test_qwen2_becomes_the_llm_and_the_patch_codec_is_new(tmp_path, capsys):
     assert meta["trained_groups"] == ["llm"]
     params = variables["params"]
     expected = arrays(LM, BF16)["params"]["llm"] | {"head": HEAD.T}
-    assert_same({k: np.asarray(x) for k, x in published.flat(params["llm"]).items()}, published.flat(expected))
+    assert_same({k: np.asarray(x) for k, x in flatten(params["llm"]).items()}, flatten(expected))
     assert config.model.empty_id == FIRST_SPECIAL + SPECIAL_TOKENS.index("<|empty|>") == 261
     assert config.model.patch_encoder.norm_eps == config.model.patch_decoder.norm_eps == 1e-5
     assert load_text_tokenizer(ours / "assets").special == {t: 256 + i for i, t in enumerate(SPECIAL_TOKENS)}
@@ -377,12 +401,13 @@ def test_a_run_from_a_text_model_keeps_its_settings(tmp_path):
     assert values == published.config_json(model, "float32") | {"eos_token_id": 256}
 
 
-def test_every_exported_file_is_on_disk_before_it_has_its_name(converted, tmp_path, monkeypatch):
+def test_every_exported_file_is_on_disk_before_it_has_its_name_and_the_names_are_too(converted, tmp_path, monkeypatch):
     synced, sync = set(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), sync(file)))
     convert.export_published(converted[1], tmp_path / "out", shard_bytes=10_000)
     files = {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
     assert {safetensors.INDEX, "config.json", "tokenizer.json"} <= set(files) and set(files.values()) <= synced
+    assert {(tmp_path / "out").stat().st_ino, tmp_path.stat().st_ino} <= synced
 
 
 @pytest.mark.parametrize("norm", ["sequence", "frame"])
@@ -459,7 +484,7 @@ def test_memory_is_that_of_one_layer_whatever_the_depth(tmp_path):
     for layers in (2, 14):
         config = dataclasses.replace(LM, llm=c.TransformerConfig.qwen2(512, layers, 8, 64, 4096, 8))
         zeros = {path: np.zeros(shape, BF16) for path, shape in published.shapes_of(config).items()}
-        folder = write_model(tmp_path / f"{layers}", config, published.nested(zeros))
+        folder = write_model(tmp_path / f"{layers}", config, nest(zeros))
         zeros.clear()
         ours = tmp_path / f"{layers}-ours"
         peaks[layers] = _peak_mb(folder, ours), _peak_mb(ours, tmp_path / f"{layers}-back")

@@ -12,6 +12,7 @@ from mimo_jax.config import ConfigError, TransformerConfig
 from mimo_jax.interop import published
 from mimo_jax.interop.safetensors import SafetensorsError, save
 from mimo_jax.models.audio_lm import unroll_params
+from mimo_jax.trees import flatten
 
 MODELS = {"audio_lm": LM, **TOKENIZERS}
 
@@ -37,8 +38,8 @@ def test_arrays_survive_a_published_folder(name, tmp_path):
     load = published.load_lm if config is LM else published.load_tokenizer
     loaded_config, loaded = load(folder)
     assert loaded_config == config
-    assert_same(published.flat(loaded), published.flat(tree["params"] if config is LM else tree))
-    assert all(x.dtype == np.float64 for x in published.flat(load(folder, np.float64)[1]).values())
+    assert_same(flatten(loaded), flatten(tree["params"] if config is LM else tree))
+    assert all(x.dtype == np.float64 for x in flatten(load(folder, np.float64)[1]).values())
 
 
 def test_linear_maps_are_transposed_and_layers_numbered_as_published(tmp_path):
@@ -141,12 +142,3 @@ def test_a_vocabulary_without_dashes_is_that_of_every_channel(tmp_path):
         tmp_path / "model", one, arrays(one), speech_vocab_size="9", speech_zeroemb_idx="8", delay_pattern="0"
     )
     assert published.read_lm_config(folder) == one
-
-
-def test_the_goldens_survive_the_map_bit_for_bit(parity_dir):
-    folders = sorted(path.parent for path in parity_dir.glob("*/*/model/config.json"))
-    assert len(folders) >= 4
-    for folder in folders:
-        kind = published.kind_of(folder)
-        config, tree = (published.load_lm if kind == "audio_lm" else published.load_tokenizer)(folder)
-        assert_same(published.to_published(tree, config), read(folder))

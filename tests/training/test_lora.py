@@ -23,6 +23,7 @@ from mimo_jax.training.checkpoint import CheckpointError, base_of, load_params, 
 from mimo_jax.training.lm_loss import lm_loss
 from mimo_jax.training.optimizer import make_optimizer, trained
 from mimo_jax.training.state import TrainState
+from mimo_jax.trees import flatten
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0, tables=True, targets=("q", "k", "v", "out", "up", "gate", "down", "projection"))
 RATES = {"llm": 1e-3, "patch_encoder": 3e-3, "patch_decoder": 2e-3}
@@ -183,7 +184,7 @@ def test_only_adapters_and_tables_are_saved_and_loaded_ones_are_merged(runs):
     _, base, _ = load_params(folder / "base", 2)
     _, merged, meta = load_params(folder / "adapters")
     assert meta["trained_groups"] == ["llm", "patch_decoder", "patch_encoder"]
-    old, new = lora.flatten(base["params"]), lora.flatten(merged["params"])
+    old, new = flatten(base["params"]), flatten(merged["params"])
     assert {p: (x.shape, x.dtype) for p, x in old.items()} == {p: (x.shape, x.dtype) for p, x in new.items()}
     changed = {path for path in old if not np.array_equal(old[path], new[path])}
     assert changed == {

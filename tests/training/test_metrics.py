@@ -107,11 +107,3 @@ def test_tensorboard_forgets_a_run_that_was_killed_before_its_first_checkpoint(t
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("train/loss")] == [0]
-
-
-def test_clock():
-    assert [metrics.clock(s) for s in (4.4, 59.6, 125, 3600 * 3 + 60 * 7 + 9)] == ["4s", "1m00s", "2m05s", "3h07m"]
-
-
-def test_no_peak_is_claimed_for_a_device_that_is_not_in_the_table():
-    assert metrics.peak_flops() is None

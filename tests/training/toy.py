@@ -23,7 +23,7 @@ from mimo_jax import presets
 from mimo_jax.config import LearningRates, LMDataConfig, LMTrainConfig, MeshConfig, OptimizerConfig, RunConfig
 from mimo_jax.sharding import batch_sharding, make_mesh
 from mimo_jax.training import loop
-from mimo_jax.training.checkpoint import CheckpointStore, make_meta
+from mimo_jax.training.checkpoint import CheckpointStore
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, make_optimizer, trained
 from mimo_jax.training.state import TrainState
@@ -156,12 +156,12 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
                 train_step,
                 loader,
                 validate,
-                run=run,
+                config=config,
+                groups=["llm"],
                 view=loop.View(describe, {}, "rows", "rows", lambda counters: counters["rows"] * 1e3),
                 put=put,
                 store=store,
                 writer=writer,
-                make_meta=lambda n, c: make_meta(n, config, loader.state(), loader.fingerprint, ["llm"], c),
                 counters=counters,
             )
         finally:

@@ -19,15 +19,11 @@ S samples, T mel frames (100 Hz), M RVQ frames (25 Hz), R levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mimo_jax.audio.packing import empty_row, num_mel_frames, slot_codes, write_clip
 from mimo_jax.config import AudioTokenizerConfig
-
-if TYPE_CHECKING:
-    from mimo_jax.models.tokenizer.codec import Codec
 
 # The released code encodes as many sequences together as have this many mel frames in all (about 43 minutes).
 PACKED_FRAMES = 256_000
@@ -72,24 +68,3 @@ def code_batch(codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.
 
 def _extent(ids_BL: np.ndarray, longest: int) -> np.ndarray:
     return np.broadcast_to((np.arange(ids_BL.shape[1]) < longest).astype(np.int32), ids_BL.shape)
-
-
-def pad_to_groups(codes_MR: np.ndarray, group_size: int) -> np.ndarray:
-    """Repeats the last frame until the number of frames is a multiple of `group_size`; no frames stay none."""
-    return np.pad(codes_MR, ((0, -len(codes_MR) % group_size), (0, 0)), mode="edge") if len(codes_MR) else codes_MR
-
-
-def audio_tokens(codec: Codec, wav: np.ndarray, channels: int, group_size: int) -> np.ndarray:
-    """What the released `preprocess_input` makes of a clip at the tokenizer's rate (bit for bit with the quirks on).
-
-    Args:
-        codec: its segments are 60 s there, 30 s in the released evaluation suite and fine-tuning toolkit.
-        wav: mono, float [S].
-        channels: levels to keep.
-        group_size: frames of a patch; the last frame is repeated to fill one.
-
-    Returns:
-        int64 [M * channels], frame by frame.
-    """
-    (codes_MR,) = codec.encode([wav], num_levels=channels)
-    return pad_to_groups(codes_MR, group_size).astype(np.int64).reshape(-1)

@@ -104,7 +104,7 @@ class CodecStream:
         stream = CodecStream(codec)
         for codes_MR in ...:
             play(stream.push(codes_MR))
-        play(stream.finish())
+        play(stream.finish())  # or all of it: for wav in stream.decode(codes): play(wav)
 
     All pieces together are as long as `codec.decode` of all codes, and with `decoder_norm` "frame" equal to it up to
     rounding. The published norm goes through `ReferenceStream`, segment by segment.
@@ -179,6 +179,14 @@ class CodecStream:
         self._waiting, self._position = None, 0
         return _joined(waves)
 
+    def decode(self, codes: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Decodes codes [M_i, R] as they come: yields float32 waves as soon as there is something."""
+        for codes_MR in codes:
+            if len(wav := self.push(codes_MR)):
+                yield wav
+        if len(wav := self.finish()):
+            yield wav
+
     def _step(self, codes_MR: np.ndarray) -> np.ndarray:
         start = self._position
         self._position = (start + len(codes_MR)) % self._codec.segment_codes
@@ -193,16 +201,6 @@ def look_ahead_frames(config: AudioTokenizerConfig) -> int:
 def _istft_reach(config: AudioTokenizerConfig) -> int:
     """Frames on either side whose inverse transform overlaps the samples of a frame."""
     return -(-((config.mel.n_fft - config.mel.hop_length) // 2) // config.mel.hop_length)
-
-
-def stream_decode(codec: Codec, codes: Iterable[np.ndarray], chunk_codes: int = 25) -> Iterator[np.ndarray]:
-    """Decodes codes [M_i, R] as they come: yields float32 waves as soon as there is something. See `CodecStream`."""
-    stream = CodecStream(codec, chunk_codes)
-    for codes_MR in codes:
-        if len(wav := stream.push(codes_MR)):
-            yield wav
-    if len(wav := stream.finish()):
-        yield wav
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def stream_deviation(codec: Codec, codes_MR: np.ndarray, chunk_codes: int = 25) 
     """
     step = codec.segment_codes
     segments = [codes_MR[first : first + step] for first in range(0, len(codes_MR), step)]
-    streamed = stream_decode(codec, segments, chunk_codes)
+    streamed = CodecStream(codec, chunk_codes).decode(segments)
     got = np.zeros(0, np.float32)
     largest = error = energy = 0.0
     for segment in segments:

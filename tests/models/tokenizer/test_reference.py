@@ -48,15 +48,3 @@ def test_batches_are_filled_in_order_up_to_the_released_limit():
     assert reference.packed_extents([6000, 6000, 10]) == [6000, 6000, 6000]
     assert reference.packed_extents([6000] * (frames // 6000) + [5000, 10]) == [6000] * (frames // 6000) + [5000, 5000]
     assert reference.packed_extents([frames + 1, 7, 8]) == [frames + 1, 8, 8]
-
-
-def test_the_last_frame_is_repeated_to_fill_a_patch(codecs):
-    codes = np.arange(10).reshape(5, 2)
-    padded = reference.pad_to_groups(codes, 4)
-    np.testing.assert_array_equal(padded[:5], codes)
-    np.testing.assert_array_equal(padded[5:], np.repeat(codes[-1:], 3, axis=0))
-    assert reference.pad_to_groups(codes, 5) is not None and len(reference.pad_to_groups(codes[:0], 4)) == 0
-    (clip,) = noise_clips(9_000)
-    tokens = reference.audio_tokens(codecs[0], clip, 3, 4)
-    np.testing.assert_array_equal(tokens.reshape(-1, 3)[:10], codecs[0].encode([clip])[0][:, :3])
-    assert tokens.dtype == np.int64 and len(tokens) == 12 * 3
