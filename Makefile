@@ -40,19 +40,28 @@ check: setup ## formatter, linter, type checker
 test: check ## check, and every test that is not slow (ARGS are passed to pytest)
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-test-slow: setup ## the slow tests
+# Compiling for TPUs that are not here takes a package of 600 MB, which nothing else needs.
+.venv/tpu.stamp: .venv/package.stamp requirements-tpu.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-tpu.lock
+	@touch $@
+
+test-slow: .venv/tpu.stamp ## the slow tests
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(WORKERS) -m slow $(ARGS)
 
 format: setup ## format and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: ## write requirements.lock anew (ARGS=--upgrade takes the newest versions)
+lock: ## write requirements.lock and requirements-tpu.lock anew (ARGS=--upgrade takes the newest versions)
 	@python=$$(.ci/find-python) && "$$python" -m venv .cache/lock
 	.cache/lock/bin/pip install --quiet --disable-pip-version-check pip-tools
 	.cache/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
 	  --extra dev --extra synth --output-file requirements.lock $(ARGS) pyproject.toml
+	.cache/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --constraint requirements.lock \
+	  --extra tpu --output-file .cache/lock/tpu.txt pyproject.toml
+	awk '/^[a-z]/ { on = /^libtpu==/ } on' .cache/lock/tpu.txt > requirements-tpu.lock
 
 clean: ## remove .venv, caches and build products (not runs/)
 	rm -rf .venv .cache build dist *.egg-info

@@ -7,7 +7,9 @@
 
 `7b` as published: 2048 rows x 8192 positions, 5 T positions (2.6 T text, 2.4 T audio, about 107 million hours),
 learning rates 2e-4 / 3e-5 / 2e-4 (patch encoder / LLM / patch decoder), cosine after 1 % warm-up, loss
-weights 100-12-8-6-4-2-2-1-1. The smaller sizes are trained from scratch here and have their own rates.
+weights 100-12-8-6-4-2-2-1-1. Planned (compiled, not run; docs/planning.md), GiB per chip and seconds per step:
+v5p:8x8x4 13.3, 19.1; v5e:16x16 13.0, 48.4; v6e:16x16 13.0, 14.0; two of v5e:16x16 (run.accumulation=4) 12.9, 24.2.
+The smaller sizes are trained from scratch here and have their own rates.
 """
 
 from ml_collections import ConfigDict
@@ -34,6 +36,7 @@ def get_config(size: str | None = None) -> ConfigDict:
         "1b": (512, 8192, 6144, 100_000, LearningRates(llm=2e-4, patch_encoder=4e-4, patch_decoder=4e-4)),
         "7b": (2048, 8192, 6144, 298_023, LearningRates(llm=3e-5, patch_encoder=2e-4, patch_decoder=2e-4)),
     }[size]
+    accumulation = 8 if size == "7b" else 1  # one row per device at a time on 256 devices
     every = {"tiny": 75}.get(size, 1000)
     speech = LayoutWeights(continuation=0.3, interleaved=0.2, asr=0.15, tts=0.2, caption=0.05, instruct_tts=0.1)
     text_share = 2.6 / 5.0  # of the positions, as published
@@ -54,7 +57,7 @@ def get_config(size: str | None = None) -> ConfigDict:
                 row_patches=patches,
                 block_documents=256 if size == "tiny" else 4096,
             ),
-            run=RunConfig(steps=steps, eval_every=every, checkpoint_every=every),
+            run=RunConfig(steps=steps, accumulation=accumulation, eval_every=every, checkpoint_every=every),
             # In 150 steps the published weight of `<|empty|>` targets teaches no change from text to speech.
             loss=LMLossConfig(empty_weight=0.1) if size == "tiny" else LMLossConfig(),
             learning_rates=rates,

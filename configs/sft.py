@@ -3,7 +3,7 @@
     mimo-jax convert MiMo-Audio-7B-Instruct --out runs/instruct
     mimo-jax data ingest --conversations chat.jsonl --audio-tokenizer runs/tokenizer --text-tokenizer tokenizer.json \
         --out data/shards/chat
-    mimo-jax plan --config configs/sft.py:7b --devices h100:8
+    mimo-jax plan --config configs/sft.py:7b --topology h100:8
     mimo-jax train --config configs/sft.py:7b --workdir runs/sft --config.init_from=runs/instruct \
         --config.data.text_tokenizer=tokenizer.json --config.data.sources.chat.path=data/shards/chat \
         --config.data.validation.chat.path=data/shards/chat-validation

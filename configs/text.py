@@ -31,6 +31,7 @@ def get_config(size: str | None = None) -> ConfigDict:
         "1b": (512, 8192, 50_000, 4e-4),
         "7b": (2048, 8192, 500_000, 1.5e-4),
     }[size]
+    accumulation = 8 if size == "7b" else 1  # one row per device at a time on 256 devices
     every = {"tiny": 40}.get(size, 1000)
     text = LayoutWeights(text=1.0)
     return to_config_dict(
@@ -45,7 +46,7 @@ def get_config(size: str | None = None) -> ConfigDict:
                 row_patches=0,
                 block_documents=256 if size == "tiny" else 4096,
             ),
-            run=RunConfig(steps=steps, eval_every=every, checkpoint_every=every),
+            run=RunConfig(steps=steps, accumulation=accumulation, eval_every=every, checkpoint_every=every),
             learning_rates=LearningRates(llm=learning_rate),
             loss=LMLossConfig(text_weight=1.0, channel_weights=(0.0,) * 8),
             compute=presets.compute(size),

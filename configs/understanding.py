@@ -35,6 +35,7 @@ def get_config(size: str | None = None) -> ConfigDict:
         "1b": (512, 8192, 6144, 50_000, 4e-4, 2e-4),
         "7b": (2048, 8192, 6144, 154_972, 2e-4, 3e-5),
     }[size]
+    accumulation = 8 if size == "7b" else 1  # one row per device at a time on 256 devices
     every = {"tiny": 50}.get(size, 1000)
     speech = LayoutWeights(interleaved=0.5, asr=0.4, caption=0.1)
     text_share = 1.2 / 2.6  # of the positions, as published
@@ -53,7 +54,7 @@ def get_config(size: str | None = None) -> ConfigDict:
                 row_patches=patches,
                 block_documents=256 if size == "tiny" else 4096,
             ),
-            run=RunConfig(steps=steps, eval_every=every, checkpoint_every=every),
+            run=RunConfig(steps=steps, accumulation=accumulation, eval_every=every, checkpoint_every=every),
             learning_rates=LearningRates(llm=llm_rate, patch_encoder=encoder_rate),
             loss=LMLossConfig(text_weight=1.0, channel_weights=(0.0,) * 8),
             optimizer=OptimizerConfig(schedule="constant"),

@@ -101,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mimo-jax {__version__}")
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_train(subparsers)
+    _add_launch(subparsers)
     _add_config(subparsers)
     _add_plan(subparsers)
     _add_data(subparsers)
@@ -186,6 +187,22 @@ def _add_train(subparsers: Any) -> None:
     add("--process", type=int, metavar="I", help="with --coordinator: this process, from 0")
 
 
+def _add_launch(subparsers: Any) -> None:
+    group = _group(subparsers, "launch", "Start a training job and keep it running.")
+    parser = _verb(
+        group,
+        "local",
+        verbs.run_launch_local,
+        "Start the processes of a training job on this machine; where one fails, say why and start all again.",
+        "example:\n  mimo-jax launch local --processes 2 --config configs/text.py:tiny --workdir runs/text\n",
+    )
+    add = parser.add_argument
+    _config_option(parser)
+    add("--workdir", required=True, metavar="DIR", help="folder of the run; processes but the first log into it")
+    add("--processes", type=int, default=1, metavar="N", help="processes of the job (default %(default)s)")
+    add("--restarts", type=int, default=10, metavar="N", help="how often to start again (default %(default)s)")
+
+
 def _add_config(subparsers: Any) -> None:
     group = _group(subparsers, "config", "Look at settings.")
     parser = _verb(
@@ -205,13 +222,21 @@ def _add_plan(subparsers: Any) -> None:
         subparsers,
         "plan",
         verbs.run_plan,
-        "Predict what a language model job takes of each device's memory. Nothing is compiled or read.",
-        "example:\n  mimo-jax plan --config configs/sft.py:7b --devices h100:8 --config.lora.rank=64\n",
+        "Predict what a language model job needs and how fast it is. For TPUs the training step is compiled (minutes).",
+        """\
+examples:
+  mimo-jax plan --config configs/joint.py:7b --topology v5p:8x8x4 --config.run.accumulation=8
+  mimo-jax plan --config configs/joint.py:7b --topology v5e:16x16 --slices 2 --json
+  mimo-jax plan --config configs/sft.py:7b --topology h100:8 --config.lora.rank=64
+""",
     )
     add = parser.add_argument
     _config_option(parser)
-    add("--devices", required=True, metavar="KIND:N", help="as h100:8, h200:1, v5p:64")
-    add("--json", action="store_true", help="as JSON, in bytes")
+    add("--topology", required=True, metavar="KIND:SHAPE", help="as v5p:8x8x4, v5e:16x16, h100:8, h200:1")
+    add("--slices", type=int, default=1, metavar="N", help="TPU slices of that shape (default %(default)s)")
+    add("--no-compile", action="store_true", help="arithmetic only, for TPUs too")
+    add("--hlo", metavar="FILE", help="write the text of the compiled program")
+    add("--json", action="store_true", help="as JSON, in bytes and seconds")
 
 
 def _worker(text: str) -> tuple[int, int]:

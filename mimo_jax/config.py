@@ -426,6 +426,9 @@ class ComputeConfig:
         remat: what the backward pass keeps of each layer: `none` keeps all, `dots` the matmul outputs, `full` nothing.
         scan_layers: one compiled layer for a whole stack (stacked weights); False unrolls (faster decoding on CPU).
         attention: implementation; `auto` picks splash on TPU, chunked elsewhere.
+        patch_chunk: patches per device that go through patch encoder and patch decoder at once; 0 takes all. Fewer need
+            less memory, and gather the parameters of both once per chunk.
+        logits_chunk: text logits (positions x ids) that exist at once on a device.
     """
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -433,6 +436,12 @@ class ComputeConfig:
     remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = True
     attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
+    patch_chunk: int = 0
+    logits_chunk: int = 2**26
+
+    def __post_init__(self) -> None:
+        require(self.patch_chunk >= 0, "compute.patch_chunk", "at least 0", self.patch_chunk)
+        require(self.logits_chunk > 0, "compute.logits_chunk", "a positive number", self.logits_chunk)
 
 
 @dataclass(frozen=True)
@@ -471,7 +480,11 @@ class OptimizerConfig:
 class RunConfig:
     """Length, seeds and rhythm of a run, in optimiser steps.
 
-    `max_bad_steps`: non-finite steps are skipped and recorded; this many in a row end the run.
+    Attributes:
+        max_bad_steps: non-finite steps are skipped and recorded; this many in a row end the run.
+        grace_seconds: after a signal to stop, the process ends if it has not reached the end of a step by then.
+        hang_seconds: so long without a step, a validation batch or the begin of a checkpoint writes the stacks of all
+            threads to stderr and ends the process; compiling counts. 0 is never.
     """
 
     steps: int
@@ -484,8 +497,12 @@ class RunConfig:
     keep_checkpoints: int = 3
     max_bad_steps: int = 10
     data_threads: int = 2
+    grace_seconds: float = 45.0
+    hang_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
+        require(self.grace_seconds > 0, "run.grace_seconds", "a positive number", self.grace_seconds)
+        require(self.hang_seconds >= 0, "run.hang_seconds", "at least 0", self.hang_seconds)
         for name in (
             "steps",
             "accumulation",
@@ -620,7 +637,6 @@ class TokenizerLossConfig:
         mel_reduction: `mean` or `sum` over bins (always a mean over frames).
         a2t_reduction: `mean` over text tokens, or `sum` over the tokens of an utterance, as the report's equation
             has it.
-        vocab_chunk: text positions per device whose logits exist at once.
     """
 
     a2t_weight: float = 10.0
@@ -629,7 +645,6 @@ class TokenizerLossConfig:
     mel_scale: Literal["log", "linear"] = "log"
     mel_reduction: Literal["mean", "sum"] = "mean"
     a2t_reduction: Literal["mean", "sum"] = "mean"
-    vocab_chunk: int = 1024
 
 
 @dataclass(frozen=True)
@@ -691,7 +706,6 @@ class LMLossConfig:
     text_weight: float = 100.0
     channel_weights: tuple[float, ...] = (12.0, 8.0, 6.0, 4.0, 2.0, 2.0, 1.0, 1.0)
     empty_weight: float = 0.01
-    vocab_chunk: int = 1024
 
     def __post_init__(self) -> None:
         weights = (self.text_weight, *self.channel_weights)

@@ -102,4 +102,7 @@ def compute(size: str) -> ComputeConfig:
     """float32 without remat at `tiny` (CPU); bfloat16 activations with remat at the other sizes (accelerators)."""
     if size == "tiny":
         return ComputeConfig()
-    return ComputeConfig(dtype="bfloat16", remat="dots" if size == "100m" else "full")
+    if size == "100m":
+        return ComputeConfig(dtype="bfloat16", remat="dots")
+    # An eighth of the patches of a row at a time: so a micro-batch of one row fits 16 GiB at `7b`.
+    return ComputeConfig(dtype="bfloat16", remat="full", patch_chunk=768)

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.config import ConfigError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+_LONG_ROW = 16  # positions from which on a row is worth cutting; no patch has as many
 
 # Logical axis -> mesh axis (None: every device holds the whole axis).
 LOGICAL_RULES: Mapping[str, str | None] = {
@@ -38,10 +39,27 @@ LOGICAL_RULES: Mapping[str, str | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes `MESH_AXES` over `devices`, by default all."""
+    """Mesh with axes `MESH_AXES` over `devices`, by default all.
+
+    Several TPU slices lie along `data`, the outermost axis: only gradients cross the network between them.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices, or a slice would be cut.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if shape[0] % slices:
+        raise ConfigError(f"mesh.data: expected a multiple of the {slices} slices, got {shape[0]}")
+    of_slice = (shape[0] // slices, *shape[1:])
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(of_slice, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
@@ -132,9 +150,31 @@ def current_mesh() -> Any:
     return mesh if mesh is not None and set(MESH_AXES) <= set(mesh.axis_names) else None
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Cuts the leading axis over `data` and `fsdp` when a mesh is set and divides it; otherwise leaves `x` alone."""
+def rows_per_device(rows: int) -> int:
+    """How many of a batch's rows a device holds under the mesh that is set; all without one."""
     mesh = current_mesh()
-    if mesh is None or x.shape[0] % int(np.prod([mesh.shape[a] for a in BATCH_AXES])):
+    devices = 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH_AXES)
+    return rows if rows % devices else rows // devices
+
+
+def constrain_batch(x: jax.Array, second: str | None = None) -> jax.Array:
+    """Cuts the leading axis over `data` and `fsdp` when a mesh is set and divides it; otherwise leaves `x` alone.
+
+    The other axes are whole, but for the second one, which may be cut over a mesh axis too.
+    """
+    mesh = current_mesh()
+    if mesh is None or x.shape[0] % math.prod(mesh.shape[a] for a in BATCH_AXES):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *(None,) * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, second))
+
+
+def constrain_residual(x: jax.Array) -> jax.Array:
+    """Places the residual stream [B, L, D] of a stack like `constrain_batch`.
+
+    Over `tensor`, norms and residuals of a row would be the same on every device: there, rows longer than a patch are
+    cut along L (sequence parallelism), so that each device does its part.
+    """
+    mesh = current_mesh()
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    long = tensor > 1 and x.shape[1] >= _LONG_ROW and x.shape[1] % tensor == 0
+    return constrain_batch(x, "tensor" if long else None)

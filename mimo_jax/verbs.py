@@ -36,7 +36,8 @@ def run_train(options: argparse.Namespace) -> None:
         given = (options.coordinator, options.processes, options.process)
         if options.coordinator and None in given:
             raise ConfigError("--coordinator: expected --processes and --process beside it")
-        jax.distributed.initialize(*given)
+        # A host that is gone or stuck is noticed within this time, and the job ends.
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=40)
     if isinstance(config, LMTrainConfig):
         from mimo_jax.training.language_model import train_language_model
 
@@ -50,6 +51,18 @@ def run_train(options: argparse.Namespace) -> None:
             f"--config={options.config}: this describes the adversarial stage of the audio tokenizer, "
             "which this version does not train"
         )
+
+
+def run_launch_local(options: argparse.Namespace) -> None:
+    from mimo_jax.supervisor import supervise
+
+    load_config(options.config, options.overrides)  # errors are shown once
+    for name in ("processes", "restarts"):
+        if getattr(options, name) < (name == "processes"):
+            raise ConfigError(f"--{name}: expected a number of {name}, got {getattr(options, name)}")
+    command = [sys.executable, "-m", "mimo_jax.cli", "train", "--config", options.config, *options.overrides]
+    command += ["--workdir", options.workdir]
+    raise SystemExit(supervise(command, options.processes, options.restarts, Path(options.workdir)))
 
 
 def run_config_show(options: argparse.Namespace) -> None:
@@ -67,9 +80,14 @@ def run_config_show(options: argparse.Namespace) -> None:
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    from mimo_jax.training.memory import plan_memory
+    from mimo_jax.chips import parse_topology
+    from mimo_jax.planning.plan import plan_training
 
-    plan = plan_memory(_language_model_job(options), options.devices)
+    config = load_config(options.config, options.overrides)
+    if not isinstance(config, LMTrainConfig):
+        raise ConfigError(f"--config={options.config}: expected a language model job, got job {config.job}")
+    topology = parse_topology(options.topology, options.slices)
+    plan = plan_training(config, topology, not options.no_compile, options.hlo)
     print(json.dumps(plan.to_json(), indent=1) if options.json else plan)
 
 

@@ -59,9 +59,9 @@ def all_verbs():
 def test_every_verb_has_a_help_page(capsys):
     names = {" ".join(v) for v in all_verbs()}
     assert names == {
-        "train", "config show", "plan", "data ingest", "data ingest-text", "data index", "data show", "codec encode",
-        "text-tokenizer train", *(f"generate {task}" for task in TASKS), "codec decode", "convert", "parity",
-        "quickstart", "prepare debian",
+        "train", "launch local", "config show", "plan", "data ingest", "data ingest-text", "data index", "data show",
+        "codec encode", "text-tokenizer train", *(f"generate {task}" for task in TASKS), "codec decode", "convert",
+        "parity", "quickstart", "prepare debian",
     }  # fmt: skip
     for words in [[], *all_verbs()]:
         with pytest.raises(SystemExit) as stop:
@@ -227,15 +227,16 @@ def test_config_show_as_json_is_complete(capsys, stage, size):
         assert shown["derived"]["bit/s, first 8 levels"] == 1550 and shown["derived"]["bit/s, all levels"] == 3650
 
 
-def test_plan_prints_what_a_device_holds(capsys):
-    sft = ["plan", "--config", f"{CONFIGS / 'sft.py'}:7b", "--devices"]
+def test_plan_prints_what_a_job_needs(capsys):
+    sft = ["plan", "--config", f"{CONFIGS / 'sft.py'}:7b", "--topology"]
     assert run(*sft, "h100:8") == 0
     page = capsys.readouterr().out
-    assert "parameters        3.74 GiB" in page and "headroom" in page and page.endswith("fits\n")
+    assert "parameters          3.74 GiB" in page and "stay free" in page and "bound by compute" in page
     assert run(*sft, "h200:1", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert not shown["fits"] and shown["total"] == sum(shown["parts"].values())
+    assert not shown["fits"] and shown["peak_hbm_bytes"] == sum(shown["hbm_by_category"].values())
     assert "KIND:NUMBER" in error_of(capsys, *sft, "abacus:1")
+    assert "multiple of the 3 slices" in error_of(capsys, *sft, "v5e:4x4", "--slices", "3", "--no-compile")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_pipeline.builders import WORDS
 
+from mimo_jax import supervisor
 from mimo_jax.cli import main
+from mimo_jax.supervisor import supervise
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "mimo_jax.cli"]
@@ -21,23 +25,121 @@ def losses(workdir: Path) -> list[float]:
     return [line["loss"] for line in lines if line["split"] == "train"]
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Flags of a small text job on data of its own."""
+    folder = tmp_path_factory.mktemp("job")
     rng = np.random.default_rng(0)
     texts = [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 12)) for _ in range(200)]
-    (tmp_path / "corpus.txt").write_text("\n".join(texts) + "\n")
-    corpus, model = str(tmp_path / "corpus.txt"), str(tmp_path / "text.model")
+    (folder / "corpus.txt").write_text("\n".join(texts) + "\n")
+    corpus, model, shards = (str(folder / name) for name in ("corpus.txt", "text.model", "shards"))
     assert main(["text-tokenizer", "train", corpus, "--vocab-size", "300", "--out", model]) == 0
-    shards = str(tmp_path / "shards")
     assert main(["data", "ingest-text", corpus, "--split", "line", "--text-tokenizer", model, "--out", shards]) == 0
-    settings = ["data.text_tokenizer=" + model, "data.sources.text.path=" + shards, "run.steps=4", "run.eval_every=4"]
+    settings = ["data.text_tokenizer=" + model, "data.sources.text.path=" + shards, "run.steps=12", "run.eval_every=12"]
     settings += ["data.validation.text.path=" + shards, "run.log_every=1", "run.eval_batches=1", "data.row_length=64"]
-    train = ["train", "--config", f"{ROOT / 'configs' / 'text.py'}:tiny", *(f"--config.{s}" for s in settings)]
-    # One device for each process, where the other tests have four in one.
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    for workdir, launcher in (("one", []), ("two", [str(ROOT / "launch" / "local.sh"), "2"])):
-        command = [*launcher, *COMMAND, *train, "--workdir", str(tmp_path / workdir)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    assert len(losses(tmp_path / "two")) == 4
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    settings += ["run.checkpoint_every=3"]
+    return ["--config", f"{ROOT / 'configs' / 'text.py'}:tiny", *(f"--config.{s}" for s in settings)]
+
+
+# One device for each process, where the other tests have four in one.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def alone(job, tmp_path_factory):
+    """Losses of the job in one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    command = [*COMMAND, "train", *job, "--workdir", str(workdir)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return losses(workdir)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(job, alone, tmp_path):
+    command = [*COMMAND, "launch", "local", "--processes", "2", "--restarts", "0", *job, "--workdir", str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(alone) == 12
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
+def test_a_killed_process_ends_the_job_in_time_and_it_goes_on_exactly(job, alone, tmp_path, victim):
+    command = [*COMMAND, "launch", "local", "--processes", "2", *job, "--workdir", str(tmp_path)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=-3, text=True) as launcher:
+        while not (tmp_path / "metrics.jsonl").is_file() or len(losses(tmp_path)) < 5:
+            assert launcher.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        begin = time.monotonic()
+        os.kill(int(children[victim]), signal.SIGKILL)
+        assert launcher.stderr is not None
+        line = next(line for line in launcher.stderr if line.startswith("launch:"))
+        assert time.monotonic() - begin < 60
+        assert f"process {victim} of 2 was ended by SIGKILL" in line and "restart 1 of 10" in line
+        launcher.stderr.read()
+        assert launcher.wait(300) == 0
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-4)
+
+
+STUB = """
+import os, pathlib, signal, sys, time
+
+processes = "--process" in sys.argv
+me = int(sys.argv[sys.argv.index("--process") + 1]) if processes else 0
+attempt = pathlib.Path(sys.argv[1]) / f"attempt-{me}"
+attempt.write_text(attempt.read_text() + "x" if attempt.exists() else "x")
+exec(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "restarts", "code", "attempts", "message"),
+    [
+        ("sys.exit(0)", 3, 0, 1, ""),
+        # Process 1 is killed once; process 0 has lost it and is aborted.
+        (
+            "first = attempt.read_text() == 'x'; time.sleep(0.2 * (me == 0)); "
+            "os.kill(os.getpid(), (signal.SIGABRT, signal.SIGKILL)[me]) if first else sys.exit(0)",
+            3,
+            0,
+            2,
+            "process 1 of 2 was ended by SIGKILL",
+        ),
+        ("sys.exit(3 * me)", 1, 3, 2, "process 1 of 2 ended with code 3"),
+        ("sys.exit(2 * (me == 0))", 5, 2, 1, "process 0 of 2 ended with code 2; done"),
+    ],
+    ids=["fine", "killed", "fails", "usage"],
+)
+def test_supervisor_names_the_cause_and_starts_again(tmp_path, capfd, body, restarts, code, attempts, message):
+    command = [sys.executable, "-c", STUB, str(tmp_path), body]
+    assert supervise(command, 2, restarts, tmp_path / "logs") == code
+    assert [len((tmp_path / f"attempt-{i}").read_text()) for i in range(2)] == [attempts] * 2
+    assert message in capfd.readouterr().err
+
+
+def test_supervisor_ends_processes_that_wait_for_a_lost_one(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(supervisor, "_FINISH_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "_KILL_SECONDS", 0.5)
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60 * (me == 0)); sys.exit(7)"
+    begin = time.monotonic()
+    assert supervise([sys.executable, "-c", STUB, str(tmp_path), body], 2, 0, tmp_path / "logs") == 7
+    assert time.monotonic() - begin < 20 and "process 1 of 2 ended with code 7" in capfd.readouterr().err
+
+
+def test_signal_to_the_supervisor_reaches_the_processes_and_nothing_is_started_again(tmp_path):
+    program = "import sys; from mimo_jax.supervisor import supervise; from pathlib import Path; "
+    program += "sys.exit(supervise(sys.argv[2:], 2, 5, Path(sys.argv[1])))"
+    body = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('up', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", program, str(tmp_path), sys.executable, "-c", STUB, str(tmp_path), body]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as job:
+        assert job.stdout is not None and "up" in job.stdout.readline()
+        while "up" not in (tmp_path / "process-1.log").read_text():
+            time.sleep(0.05)
+        job.terminate()
+        assert job.wait(20) == 143
+    assert (tmp_path / "attempt-1").read_text() == "x"

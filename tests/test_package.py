@@ -20,7 +20,7 @@ LAYERS = (
     ("quickstart", "quickstart_report"),
     ("parity",),
     ("report", "loading", "convert", "codec_files"),
-    ("scaling",),
+    ("planning", "scaling"),
     ("training",),
     ("evals",),
     ("generation",),
@@ -32,7 +32,8 @@ LAYERS = (
     ("audio", "text"),
     ("presets",),
     ("config_files",),
-    ("atomic", "config", "rows", "trees", "progress", "kernels"),
+    ("chips",),
+    ("atomic", "config", "rows", "trees", "progress", "supervisor", "kernels"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

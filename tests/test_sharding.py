@@ -64,7 +64,7 @@ def test_parameters_are_cut_as_the_rules_say():
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2)])
 def test_sharded_loss_and_gradients_equal_one_device(sizes):
-    loss = LMLossConfig(channel_weights=(12.0, 8.0, 6.0), vocab_chunk=7)
+    loss = LMLossConfig(channel_weights=(12.0, 8.0, 6.0))
     documents = [[d] for d in lm_cases.DOCUMENTS]
     rows = lm_cases.rows(documents, 16, 8)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:4])

@@ -10,7 +10,8 @@ decoder, D LLM width, P patch-decoder width, V text vocabulary, V_r audio vocabu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ from mimo_jax.models.llm import LLM
 from mimo_jax.models.patch_codec import PatchDecoder, PatchEncoder
 from mimo_jax.models.transformer import KVCache, unstack_layers
 from mimo_jax.rows import LMRows
+from mimo_jax.sharding import rows_per_device
 
 GROUPS = ("llm", "patch_encoder", "patch_decoder")
 
@@ -61,11 +63,18 @@ class AudioLM(nn.Module):
         Returns:
             [B, L, D] in the compute dtype.
         """
-        x_BLD = self.embed_text(text_BL)
-        B, C, G, R = patches_BCGR.shape
-        if C == 0:
+        return self.add_patches(self.embed_text(text_BL), patches_BCGR, patch_positions_BC)
+
+    def add_patches(self, x_BLD: jax.Array, patches_BCGR: jax.Array, patch_positions_BC: jax.Array) -> jax.Array:
+        """Input vectors [B, L, D] of the text of rows, with those of their patches added; arguments as in `embed`."""
+        if patches_BCGR.shape[1] == 0:
             return x_BLD
-        patches_BCD = self.embed_patches(patches_BCGR.reshape(B * C, G, R)).reshape(B, C, -1)
+
+        def embed(model: AudioLM, patches_BXGR: jax.Array) -> jax.Array:
+            vectors = model.embed_patches(patches_BXGR.reshape(-1, *patches_BXGR.shape[2:]))
+            return vectors.reshape(*patches_BXGR.shape[:2], -1)
+
+        patches_BCD = self._over_patches(embed, patches_BCGR)
         return jax.vmap(lambda x, at, patches: x.at[at].add(patches, mode="drop"))(
             x_BLD, patch_positions_BC, patches_BCD
         )
@@ -126,6 +135,39 @@ class AudioLM(nn.Module):
         G = self.config.group_size
         return tuple(self.channel_logits(y_NTP[:, d : d + G], r) for r, d in enumerate(self.config.delays))
 
+    def patch_cross_entropy(self, h_BCD: jax.Array, patches_BCGR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Teacher-forced cross-entropy of the patches of rows, without the logits of more than one channel at once.
+
+        Args:
+            h_BCD: LLM hidden state of the position before each patch.
+            patches_BCGR: int true codes.
+
+        Returns:
+            Cross-entropy in nats [B, C, R] of each channel, summed over the G frames of a patch, float32 (float64 for
+            float64), and int32 [B, C, R], how many of the G codes were the best guess.
+        """
+
+        # The logits are recomputed in the backward pass.
+        @functools.partial(nn.remat, static_argnums=3)
+        def channel(model: AudioLM, y_NGP: jax.Array, codes_NGV: jax.Array, r: int) -> tuple[jax.Array, jax.Array]:
+            logits = model.channel_logits(y_NGP, r)
+            top = jax.lax.stop_gradient(logits).max(-1)
+            total = jnp.exp(logits - top[..., None]).sum(-1)
+            target = jnp.where(jnp.arange(logits.shape[-1]) == codes_NGV, logits, 0).sum(-1)
+            return (jnp.log(total) + top - target).sum(-1), (target >= top).sum(-1, dtype=jnp.int32)
+
+        def channels(model: AudioLM, h_BXD: jax.Array, patches_BXGR: jax.Array) -> tuple[jax.Array, ...]:
+            patches_NGR = patches_BXGR.reshape(-1, *patches_BXGR.shape[2:]).astype(jnp.int32)
+            y_NTP = model.patch_hidden(h_BXD.reshape(len(patches_NGR), -1), patches_NGR)
+            G = model.config.group_size
+            both = [
+                channel(model, y_NTP[:, d : d + G], patches_NGR[..., r, None], r)
+                for r, d in enumerate(model.config.delays)
+            ]
+            return tuple(jnp.stack(x, -1).reshape(*h_BXD.shape[:2], -1) for x in zip(*both, strict=True))
+
+        return self._over_patches(channels, h_BCD, patches_BCGR)
+
     def start_patch(self, h_ND: jax.Array) -> jax.Array:
         """Input [N, P] of the patch decoder's step 0."""
         return self.patch_decoder.start(h_ND)
@@ -154,6 +196,31 @@ class AudioLM(nn.Module):
         empty = np.array(self.config.codebook_sizes)
         embeddings = self.patch_encoder.channel_embeddings(jnp.where(active_R, codes_NR, empty))
         return self.patch_decoder.code_input(embeddings)
+
+    def _over_patches(self, function: Callable[..., Any], *arrays_BC: jax.Array) -> Any:
+        """`function(self, *arrays_BC)`, over `compute.patch_chunk` patches per device at a time.
+
+        Args:
+            function: maps arrays [B, X, ...] to a tree of such arrays, each patch by itself.
+            arrays_BC: arrays [B, C, ...].
+        """
+        B, C = arrays_BC[0].shape[:2]
+        size = min(C, max(1, self.compute.patch_chunk // rows_per_device(B))) if self.compute.patch_chunk else C
+        if size == C:
+            return function(self, *arrays_BC)
+        pad = -C % size
+
+        def chunks(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
+
+        scan = nn.scan(
+            lambda model, _, xs: (None, function(model, *xs)),
+            variable_broadcast=("params", "lora"),
+            split_rngs={"params": False},
+        )
+        _, out = scan(self, None, tuple(map(chunks, arrays_BC)))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, C + pad, *x.shape[3:])[:, :C], out)
 
     def touch(self) -> None:
         """Runs every part once on the smallest input: what `init` needs."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig
 from mimo_jax.models.transformer import KVCache, Linear, Transformer, initializer
+from mimo_jax.sharding import constrain_batch
 
 
 def _short_rows(compute: ComputeConfig) -> ComputeConfig:
@@ -56,7 +57,8 @@ class PatchEncoder(nn.Module):
         # Blanking the rows is one small copy; masking what was looked up makes the backward pass 10 times slower (CPU).
         # Looked up in the parameters' precision: thousands of gradients add up in a row, which bfloat16 would lose.
         table = jnp.asarray(self.embedding).at[starts + sizes - 1].set(0)
-        return [table[codes[..., r] + starts[r]] for r in range(len(sizes))]
+        # Cut like their patches: left to itself, XLA cuts them along E as it cuts the table, and moves them all.
+        return [constrain_batch(table[codes[..., r] + starts[r]]) for r in range(len(sizes))]
 
     def __call__(self, patches_NGR: jax.Array) -> jax.Array:
         """Codes of N patches -> their vectors [N, D] in the LLM."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from mimo_jax.config import ComputeConfig, TransformerConfig
 from mimo_jax.models.attention import attention, rope_tables, rotate
-from mimo_jax.sharding import constrain_batch
+from mimo_jax.sharding import constrain_residual
 
 INIT_SCALE = 0.02
 
@@ -222,7 +222,7 @@ class _Block(nn.Module):
 
         y, kv = _Attention(c, self.compute, name="attn")(norm("norm_attn")(x), shared, kv, layer)
         x = x + y
-        x = constrain_batch(x + _MLP(c, self.compute, name="mlp")(norm("norm_mlp")(x)))
+        x = constrain_residual(x + _MLP(c, self.compute, name="mlp")(norm("norm_mlp")(x)))
         return (x, kv, layer + 1), None
 
 
@@ -280,7 +280,7 @@ class Transformer(nn.Module):
             # A scan already keeps XLA from merging the recomputation with the forward pass.
             block = nn.remat(_Block, policy=_REMAT_POLICIES[compute.remat], prevent_cse=not compute.scan_layers)
         kv = None if cache is None else (cache.k, cache.v)
-        carry = (constrain_batch(x_BLD.astype(dtype)), kv, 0)
+        carry = (constrain_residual(x_BLD.astype(dtype)), kv, 0)
         if compute.scan_layers:
             stack = nn.scan(
                 block,

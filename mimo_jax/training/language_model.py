@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,26 +60,13 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
     tokenizer = load_text_tokenizer(cfg.data.text_tokenizer)
     loader, validation = lm_loader(cfg, "train", tokenizer), lm_loader(cfg, "validation", tokenizer)
 
-    # Model and optimiser
-    model = AudioLM(cfg.model, cfg.compute)
-    rates = dataclasses.asdict(cfg.learning_rates)
-    optimizer = make_optimizer(cfg.optimizer, rates, run.steps)
-    everything = abstract_params(cfg.model, cfg.compute)["params"]
-    learnt = lora.abstract(cfg.lora, rates, everything) if cfg.lora.rank else everything
-
-    def start(params: Tree) -> TrainState:
-        return TrainState.start(params, optimizer.init(trained(params, rates)))
-
-    # Shard
-    abstract = jax.eval_shape(start, unboxed(learnt))
-    placed = loop.state_shardings(abstract, shardings(learnt, mesh), mesh)
+    # Model, optimiser and update step, on the mesh
+    job = assemble(cfg, mesh)
+    model, rates, learnt, abstract, placed = job.model, job.rates, job.learnt, job.abstract, job.placed
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def put(rows: LMRows) -> LMRows:
         return loop.to_devices(rows, batch_sharding(mesh))
-
-    # Update step
-    update = jax.jit(make_train_step(cfg, model, optimizer), donate_argnums=0, out_shardings=(placed, replicated))
 
     @jax.jit
     def eval_step(params: Tree, rows: LMRows, base: Tree) -> StepMetrics:
@@ -92,10 +79,11 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         channels = [means[f"channel/{r}/ce"] for r in range(cfg.model.num_channels)]
         return means | {"audio/ce": jnp.mean(jnp.stack(channels))}
 
-    def validate(state: TrainState) -> dict[str, float]:
-        return loop.evaluate(
-            lambda state, rows: eval_step(state.params, rows, base), state, validation, put, describe, run.eval_batches
-        )
+    def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        def one(state: TrainState, rows: LMRows) -> StepMetrics:
+            return eval_step(state.params, rows, base)
+
+        return loop.evaluate(one, state, validation, put, describe, run.eval_batches, stop)
 
     # Restore
     store = CheckpointStore(folder, run.keep_checkpoints)
@@ -109,7 +97,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
             source = str(base_of(store.folder / str(restored[1]["step"]), elsewhere=source))
         origin = open_step(source)
         source = str(origin)
-        wanted = loop.with_shardings(_base_shapes(everything, learnt), shardings(everything, mesh))
+        wanted = loop.with_shardings(_base_shapes(job.everything, learnt), shardings(job.everything, mesh))
         given = transfer(origin, wanted, loader.fingerprint, verified=True)
         if set(given) < set(rates):
             missing = ", ".join(sorted(set(rates) - set(given)))
@@ -141,7 +129,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
             # slowly.
             init = jax.jit(init_params, static_argnums=(0, 1), out_shardings={"params": placed.params})
             params = init(cfg.model, cfg.compute, key)["params"] | params
-        state = jax.jit(start, out_shardings=placed, donate_argnums=0)(params)
+        state = jax.jit(job.start, out_shardings=placed, donate_argnums=0)(params)
     loop.describe_run(folder, cfg, state.params)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     beside = f" beside {sum(x.size for x in jax.tree.leaves(base)):,} frozen ones" if base else ""
@@ -152,7 +140,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
     try:
         loop.train_loop(
             state,
-            lambda state, rows: update(state, rows, base),
+            lambda state, rows: job.update(state, rows, base),
             loader,
             validate,
             config=cfg,
@@ -175,6 +163,69 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         store.close()
         loader.close()
         validation.close()
+
+
+class LMJob(NamedTuple):
+    """The parts of a job that do not need devices to exist: what training runs and `mimo-jax plan` compiles.
+
+    Attributes:
+        model: the model.
+        rates: peak learning rate of each parameter group.
+        everything: shapes of all parameters, in boxes with the logical names of their axes.
+        learnt: the same of what the state holds: everything, or what a LoRA run trains.
+        abstract: shapes of the state.
+        placed: its shardings.
+        start: parameters -> the state before the first step.
+        update: the jitted step (state, rows, base) -> (state, metrics), which donates the state.
+    """
+
+    model: AudioLM
+    rates: dict[str, float]
+    everything: Tree
+    learnt: Tree
+    abstract: TrainState
+    placed: TrainState
+    start: Callable[[Tree], TrainState]
+    update: Any
+
+
+def assemble(cfg: LMTrainConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> LMJob:
+    """Puts the parts of a job together; nothing is computed or compiled.
+
+    Raises:
+        ConfigError: settings do not fit each other or the mesh.
+    """
+    model = AudioLM(cfg.model, cfg.compute)
+    rates = dataclasses.asdict(cfg.learning_rates)
+    optimizer = make_optimizer(cfg.optimizer, rates, cfg.run.steps)
+    everything = abstract_params(cfg.model, cfg.compute)["params"]
+    learnt = lora.abstract(cfg.lora, rates, everything) if cfg.lora.rank else everything
+
+    def start(params: Tree) -> TrainState:
+        return TrainState.start(params, optimizer.init(trained(params, rates)))
+
+    abstract = jax.eval_shape(start, unboxed(learnt))
+    placed = loop.state_shardings(abstract, shardings(learnt, mesh), mesh)
+    step = make_train_step(cfg, model, optimizer)
+    update = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
+    return LMJob(model, rates, everything, learnt, abstract, placed, start, update)
+
+
+def abstract_rows(cfg: LMTrainConfig, sharding: jax.sharding.Sharding | None = None) -> LMRows:
+    """Shapes of a batch."""
+    d, m = cfg.data, cfg.model
+    L, C = (d.row_length,), (d.row_patches,)
+    shapes = LMRows(
+        text_BL=(L, jnp.int32),
+        patches_BCGR=((*C, m.group_size, m.num_channels), jnp.uint16),
+        patch_positions_BC=(C, jnp.int32),
+        segment_ids_BL=(L, jnp.int32),
+        positions_BL=(L, jnp.int32),
+        task_ids_BL=(L, jnp.uint8),
+        text_weights_BL=(L, jnp.float32),
+        audio_weights_BC=(C, jnp.float32),
+    )
+    return LMRows(*(jax.ShapeDtypeStruct((d.rows, *shape), dtype, sharding=sharding) for shape, dtype in shapes))
 
 
 def _base_shapes(everything: Tree, learnt: Tree) -> Tree:

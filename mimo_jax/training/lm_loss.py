@@ -9,23 +9,21 @@ already put into the rows). Sums, not means, are handed out, so that means can b
 steps and hosts.
 
 Axes: B rows, L positions, C patch slots, N = B * C patches, G frames of a patch, T steps of the patch decoder, R
-channels, K tasks, D LLM width, P patch-decoder width, V text vocabulary, X positions of a chunk.
+channels, K tasks, D LLM width, V text vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from mimo_jax.config import LayoutWeights, LMLossConfig
 from mimo_jax.models.audio_lm import AudioLM
 from mimo_jax.rows import LMRows
-from mimo_jax.sharding import BATCH_AXES, current_mesh
+from mimo_jax.training.cross_entropy import cross_entropy
 
 NUM_TASKS = len(dataclasses.fields(LayoutWeights))
 
@@ -155,7 +153,7 @@ def target_losses(model: AudioLM, params: Any, rows: LMRows, loss: LMLossConfig,
     h_BLD = model.apply(variables, rows)
     kernel_DV = model.apply(variables, method="text_head_kernel")
     next_BL = jnp.roll(rows.text_BL, -1, axis=1)
-    ce_BL, correct_BL = cross_entropy(h_BLD, kernel_DV, next_BL, loss.vocab_chunk)
+    ce_BL, correct_BL = cross_entropy(h_BLD, kernel_DV, next_BL, model.compute.logits_chunk)
     # The hidden state of position i predicts position i + 1; nothing predicts position 0, whose weight is 0.
     ce_BL, correct_BL = jnp.roll(ce_BL, 1, axis=1), jnp.roll(correct_BL, 1, axis=1)
     if C == 0 or not loss.trains_audio:
@@ -165,17 +163,8 @@ def target_losses(model: AudioLM, params: Any, rows: LMRows, loss: LMLossConfig,
             ce_BL, text_weights_BL, correct_BL, channels_BCR, nothing, jnp.zeros((B, C, R), jnp.int32)
         )
     h_BCD = jnp.take_along_axis(h_BLD, previous_BC[..., None], axis=1)
-    patches_NGR = rows.patches_BCGR.reshape(B * C, *rows.patches_BCGR.shape[2:]).astype(jnp.int32)
-    y_NTP = model.apply(variables, h_BCD.reshape(B * C, -1), patches_NGR, method="patch_hidden")
-    channels, hits = [], []
-    for r, delay in enumerate(model.config.delays):
-        y_NGP = y_NTP[:, delay : delay + model.config.group_size]
-        ce_N, hits_N = _channel_cross_entropy(model, variables, y_NGP, patches_NGR[..., r], r)
-        channels.append(ce_N.reshape(B, C))
-        hits.append(hits_N.reshape(B, C))
-    return LMTargetLosses(
-        ce_BL, text_weights_BL, correct_BL, jnp.stack(channels, -1), channel_weights_BC, jnp.stack(hits, -1)
-    )
+    ce_BCR, hits_BCR = model.apply(variables, h_BCD, rows.patches_BCGR, method="patch_cross_entropy")
+    return LMTargetLosses(ce_BL, text_weights_BL, correct_BL, ce_BCR, channel_weights_BC, hits_BCR)
 
 
 def _weights(rows: LMRows) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -189,85 +178,6 @@ def _weights(rows: LMRows) -> tuple[jax.Array, jax.Array, jax.Array]:
     follows_BC = used_BC & jnp.take_along_axis(follows_BL, at_BC, axis=1)
     text_weights_BL = jnp.where(follows_BL, rows.text_weights_BL, 0)
     return text_weights_BL, jnp.where(follows_BC, rows.audio_weights_BC, 0), jnp.maximum(at_BC - 1, 0)
-
-
-def cross_entropy(
-    h_BLD: jax.Array, kernel_DV: jax.Array, targets_BL: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy under a linear head, without the logits [B, L, V] ever existing at once.
-
-    Args:
-        h_BLD: hidden states; their dtype is that of the matrix product, which accumulates in float32.
-        kernel_DV: kernel of the head. Under a mesh each device gathers its columns once, not once per chunk.
-        targets_BL: int32 target ids.
-        chunk: positions per device whose logits exist at once.
-
-    Returns:
-        Cross-entropy in nats [B, L], float32 (float64 for float64), and whether the target is the best guess.
-    """
-    kernel_DV = jnp.asarray(kernel_DV, h_BLD.dtype)
-    mesh = current_mesh()
-    if mesh is None or mesh.size == 1 or h_BLD.shape[0] % math.prod(mesh.shape[a] for a in BATCH_AXES):
-        return _chunked_cross_entropy(h_BLD, kernel_DV, targets_BL, chunk, None)
-    rows = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(
-        lambda h, kernel, targets: _chunked_cross_entropy(h, kernel, targets, chunk, "tensor"),
-        mesh=mesh,
-        in_specs=(rows, PartitionSpec(None, "tensor"), rows),
-        out_specs=(rows, rows),
-    )(h_BLD, kernel_DV, targets_BL)
-
-
-def _chunked_cross_entropy(h_BLD, kernel_DV, targets_BL, chunk: int, axis: str | None):
-    """`cross_entropy` on one device; with an `axis`, the vocabulary is cut over that mesh axis."""
-    B, L, _ = h_BLD.shape
-    size = min(L, max(1, chunk // B))
-    num_chunks = -(-L // size)
-    pad = num_chunks * size - L
-    wide = jnp.promote_types(h_BLD.dtype, jnp.float32)
-    # Widened outside the scan and narrowed inside: so the gradient adds up over the chunks in float32.
-    kernel_DV = kernel_DV.astype(wide)
-    columns = kernel_DV.shape[1]
-    first = 0 if axis is None else jax.lax.axis_index(axis) * columns
-
-    def over_axis(reduce: Any, x: jax.Array) -> jax.Array:
-        return x if axis is None else reduce(x, axis)
-
-    # The logits are recomputed in the backward pass.
-    @jax.checkpoint
-    def one(h_XD: jax.Array, targets_X: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.matmul(h_XD, kernel_DV.astype(h_XD.dtype), preferred_element_type=wide)
-        top = over_axis(jax.lax.pmax, jax.lax.stop_gradient(logits).max(-1))
-        total = over_axis(jax.lax.psum, jnp.exp(logits - top[..., None]).sum(-1))
-        hit = jnp.arange(columns) == (targets_X - first)[..., None]
-        target = over_axis(jax.lax.psum, jnp.where(hit, logits, 0).sum(-1))
-        return jnp.log(total) + top - target, target >= top
-
-    def chunks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        x = jnp.moveaxis(x.reshape(B, num_chunks, size, *x.shape[2:]), 1, 0)
-        return x.reshape(num_chunks, B * size, *x.shape[3:])
-
-    _, (ce, correct) = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, (chunks(h_BLD), chunks(targets_BL)))
-    ce, correct = (
-        jnp.moveaxis(x.reshape(num_chunks, B, size), 0, 1).reshape(B, num_chunks * size)[:, :L] for x in (ce, correct)
-    )
-    return ce, correct
-
-
-def _channel_cross_entropy(model: AudioLM, variables: Any, y_NGP, codes_NG, channel: int):
-    """Sum over frames of the cross-entropy of one channel [N], and the number of right guesses [N]."""
-
-    # One channel's logits at a time: they are recomputed in the backward pass.
-    @jax.checkpoint
-    def one(variables: Any, y_NGP: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply(variables, y_NGP, channel, method="channel_logits")
-        top = jax.lax.stop_gradient(logits).max(-1)
-        total = jnp.exp(logits - top[..., None]).sum(-1)
-        target = jnp.where(jnp.arange(logits.shape[-1]) == codes_NG[..., None], logits, 0).sum(-1)
-        return (jnp.log(total) + top - target).sum(-1), (target >= top).sum(-1, dtype=jnp.int32)
-
-    return one(variables, y_NGP)
 
 
 def _sum(model: AudioLM, rows: LMRows, t: LMTargetLosses) -> LMLossSums:

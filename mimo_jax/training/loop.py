@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.atomic import atomic_write
 from mimo_jax.config import ConfigError, JobConfig, RunConfig, TrainingConfig
@@ -26,6 +25,7 @@ from mimo_jax.sharding import BATCH_AXES
 from mimo_jax.training import metrics as metrics_lib
 from mimo_jax.training.checkpoint import CheckpointStore, check_same_run, make_meta, read_meta
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
+from mimo_jax.training.signals import StopSignal, watchdog
 from mimo_jax.training.state import TrainState, Tree
 
 
@@ -109,7 +109,7 @@ def to_devices(rows: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
 
 
-def state_shardings(abstract: TrainState, params: Tree, mesh: Mesh) -> TrainState:
+def state_shardings(abstract: TrainState, params: Tree, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shardings of a training state: moments lie like their parameters, counters and codebooks are replicated."""
     # The path of a moment ends with the path of its parameter.
     placed = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -175,7 +175,7 @@ def accumulate(step: Callable[[Any], Tree], rows: Any, count: int) -> Tree:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Validation, signals, reports
+# Validation, reports
 
 
 def evaluate(
@@ -185,7 +185,8 @@ def evaluate(
     put: Callable[[Any], Any],
     describe: Callable[[Any], Mapping[str, Any]],
     max_batches: int,
-) -> dict[str, float]:
+    stop: Callable[[], bool],
+) -> dict[str, float] | None:
     """Metrics of the validation rows, weighted by targets; nothing is fetched before the last batch.
 
     Args:
@@ -195,9 +196,12 @@ def evaluate(
         put: moves rows to the devices.
         describe: makes metrics of the sums over all batches.
         max_batches: 0 is all of them.
+        stop: asked before every batch; where it says so, nothing is returned.
     """
     metrics: list[StepMetrics] = []
     for rows in batches:
+        if stop():
+            return None
         metrics.append(eval_step(state, put(rows)))
         if len(metrics) == max_batches:
             break
@@ -210,46 +214,6 @@ def described(describe: Callable[[Any], Mapping[str, Any]], sums: Any) -> dict[s
     """Metrics of sums as numbers, without those of which nothing was counted (NaN)."""
     values = {name: float(value) for name, value in jax.device_get(dict(describe(sums))).items()}
     return {name: value for name, value in values.items() if not math.isnan(value)}
-
-
-class StopSignal:
-    """SIGTERM and Ctrl-C ask the run to stop after the step; a second signal ends the process as usual.
-
-    With several processes nothing is caught here: JAX's preemption service has a handler of SIGTERM of its own, which
-    tells all processes, and replacing it would leave them deaf to the signal.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        with contextlib.suppress(ValueError):  # not in the main thread: then nobody can send us signals
-            for number in numbers:
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._old:
-            signal.signal(*self._old.popitem())
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(ValueError):
-            self._restore()
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; all processes of a job get the same answer."""
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.signal = signal.SIGTERM
-        return self.signal is not None
 
 
 class Reporter:
@@ -342,7 +306,7 @@ def train_loop(
     state: TrainState,
     train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
     loader: RowLoader,
-    validate: Callable[[TrainState], dict[str, float]],
+    validate: Callable[[TrainState, Callable[[], bool]], dict[str, float] | None],
     *,
     config: TrainingConfig,
     groups: list[str],
@@ -357,14 +321,15 @@ def train_loop(
 
     The host runs ahead of the device: it reads the metrics of an interval only after it has started the next step.
     Every `run.checkpoint_every` steps, and at the end, a checkpoint is written in the background. SIGTERM and Ctrl-C
-    write one as well and end the process with code 128 + signal (143, 130), so that a supervisor can tell a stopped
-    run from a finished one; the same command continues it.
+    write one as well (a validation is broken off) and end the process with code 128 + signal (143, 130), so that a
+    supervisor can tell a stopped run from a finished one; the same command continues it.
 
     Args:
         state: new or restored; its buffers are donated.
         train_step: jitted step with donated state.
         loader: positioned at the batch of step `state.step`.
-        validate: metrics of the validation set; run before the first step, every `run.eval_every` steps and at the end.
+        validate: metrics of the validation set, or None if the function it is given says stop; run before the first
+            step, every `run.eval_every` steps and at the end.
         config: settings of the job, for the checkpoints; `run` is its part.
         groups: see `make_meta`.
         put: moves host-local rows to the devices.
@@ -385,16 +350,23 @@ def train_loop(
     ready: list[tuple[int, StepMetrics]] = []
 
     def validate_and_write(step: int) -> None:
-        with reporter.pause():
-            values = validate(state)
-            writer.write(step, "validation", values)
-            parts = [f"step {step}/{run.steps}", f"validation: loss {values['loss']:.4g}", *_shown(view, values)]
-            writer.say("  ".join(parts))
+        def stopping() -> bool:
+            alive()
+            return stop.requested()
 
-    if first == 0:
-        validate_and_write(0)
-    with StopSignal() as stop:
+        with reporter.pause():
+            values = validate(state, stopping)
+            if values is not None:
+                writer.write(step, "validation", values)
+                parts = [f"step {step}/{run.steps}", f"validation: loss {values['loss']:.4g}", *_shown(view, values)]
+                writer.say("  ".join(parts))
+
+    step = first
+    with StopSignal(run.grace_seconds) as stop, watchdog(run.hang_seconds) as alive:
+        if first == 0:
+            validate_and_write(0)
         for step in range(first + 1, run.steps + 1):
+            alive()
             begin = time.perf_counter()
             rows = next(loader)
             reporter.waited += time.perf_counter() - begin
@@ -412,7 +384,7 @@ def train_loop(
                 ready = []
             store.check()
 
-            stopping = stop.requested(step)
+            stopping = stop.requested()
             evaluating = step % run.eval_every == 0 or step == run.steps
             saving = step % run.checkpoint_every == 0 or step == run.steps or stopping
             if step % run.log_every == 0 or evaluating or saving:
@@ -422,7 +394,10 @@ def train_loop(
                 ready = []
             if evaluating:
                 validate_and_write(step)
+                stopping = stop.signal is not None
+                saving |= stopping
             if saving:
+                alive()
                 with reporter.pause():
                     writer.sync()
                     data = loader.state(), loader.fingerprint

@@ -20,22 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.atomic import atomic_write
+from mimo_jax.chips import chip_of
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
-
-# Dense bfloat16 peak of one JAX device, in FLOP/s, by the beginning of its device kind (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,  # half a chip
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 @jax.tree_util.register_dataclass
@@ -106,10 +94,9 @@ def summarize(steps: Sequence[int], metrics: Sequence[StepMetrics]) -> Summary:
 
 
 def peak_flops() -> float | None:
-    """Peak of all devices of the job in FLOP/s, or None where the kind of device is not in `PEAK_FLOPS`."""
-    kind = jax.devices()[0].device_kind
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else None
+    """Peak of all devices of the job in FLOP/s, or None where the kind of device is not known."""
+    chip = chip_of(jax.devices()[0].device_kind)
+    return chip.peak_flops * jax.device_count() if chip else None
 
 
 class MetricsWriter:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -96,8 +96,8 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
 
     describe = jax.jit(functools.partial(make_metrics, cfg))
 
-    def validate(state: TrainState) -> dict[str, float]:
-        return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches)
+    def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches, stop)
 
     # Restore
     store = CheckpointStore(folder, run.keep_checkpoints)

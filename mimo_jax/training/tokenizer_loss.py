@@ -21,7 +21,7 @@ from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
 from mimo_jax.models.tokenizer.segments import same_segment, shift
 from mimo_jax.models.tokenizer.text_decoder import TextDecoder
 from mimo_jax.rows import TokenizerRows
-from mimo_jax.training.lm_loss import cross_entropy
+from mimo_jax.training.cross_entropy import cross_entropy
 
 
 class TokenizerLossSums(NamedTuple):
@@ -84,7 +84,7 @@ def tokenizer_loss(
             rows.text_positions_BU,
         )
         head = params["text_decoder"]["head"]
-        a2t = _a2t_sums(*cross_entropy(h_BUD, head, rows.text_targets_BU, loss.vocab_chunk), rows)
+        a2t = _a2t_sums(*cross_entropy(h_BUD, head, rows.text_targets_BU, text_decoder.compute.logits_chunk), rows)
     mel_I, mel_frames_I = mel_distance(out.wav_BS, rows, model.config, loss)
     sums = TokenizerLossSums(
         **a2t,

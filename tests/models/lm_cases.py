@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ CONFIG = AudioLMConfig(
     group_size=2,
     delays=(0, 1, 3),
 )
-COMPUTE = ComputeConfig()
-COMPUTE64 = ComputeConfig(dtype="float64", param_dtype="float64")
+# Chunks small enough that the losses need several.
+COMPUTE = ComputeConfig(patch_chunk=5, logits_chunk=500)
+COMPUTE64 = dataclasses.replace(COMPUTE, dtype="float64", param_dtype="float64")
 # Options of `jax.jit`: compiling takes nearly all of the time of these tests, and this halves it.
 QUICK = {"xla_backend_optimization_level": 0}
 MODEL, MODEL64 = AudioLM(CONFIG, COMPUTE), AudioLM(CONFIG, COMPUTE64)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +84,68 @@ def test_signal_saves_and_the_same_command_goes_on_exactly(whole, tmp_path, numb
     assert toy.digest(state) == whole[1]
     assert lines(tmp_path, "validation") == lines(whole[0], "validation")
     assert lines(tmp_path, "train")[-1] == lines(whole[0], "train")[-1]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_signal_breaks_a_validation_off_and_saves_that_step(whole, tmp_path, monkeypatch, at):
+    evaluate, calls = loop.evaluate, []
+
+    def signalling(batches):
+        for i, rows in enumerate(batches):
+            if i == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield rows
+
+    def interrupted(eval_step, state, batches, *rest):
+        calls.append(1)
+        return evaluate(eval_step, state, signalling(batches) if len(calls) == 2 else batches, *rest)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    with pytest.raises(SystemExit, match="143"):
+        toy.train(tmp_path, toy.make_config(12), toy.ToyLoader())
+    assert checkpoint.good_steps(tmp_path / "checkpoints")[-1] == 8
+    assert [line["step"] for line in lines(tmp_path, "validation")] == [0]
+    monkeypatch.undo()
+    assert toy.digest(toy.train(tmp_path, toy.make_config(12), toy.ToyLoader())) == whole[1]
+
+
+PROGRAM = """
+import json, pathlib, sys, time
+from training import toy
+
+class Slow(toy.ToyLoader):
+    def __next__(self):
+        if self.position == 5:
+            print("asleep", flush=True)
+            time.sleep(60)
+        return super().__next__()
+
+toy.train(pathlib.Path(sys.argv[1]), toy.make_config(12, **json.loads(sys.argv[2])), Slow())
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "number", "code", "message"),
+    [
+        ({"hang_seconds": 8.0}, None, 1, "in __next__"),
+        ({"grace_seconds": 0.5}, signal.SIGTERM, 143, "no step ended within 0.5 s"),
+    ],
+    ids=["hang", "grace"],
+)
+def test_a_run_that_is_stuck_ends_itself_and_its_checkpoint_is_intact(tmp_path, settings, number, code, message):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps(settings)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment) as process:
+        assert process.stdout is not None
+        while "asleep" not in process.stdout.readline():
+            assert process.poll() is None
+        while not checkpoint.good_steps(tmp_path / "checkpoints"):  # it is written in the background
+            time.sleep(0.05)
+        if number is not None:
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=40)
+    assert process.returncode == code and message in errors, errors
+    assert checkpoint.good_steps(tmp_path / "checkpoints") == [4]
 
 
 def test_run_can_be_made_longer(whole, tmp_path):
@@ -211,7 +278,7 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch(devices):
 
 def test_empty_validation_set_is_an_error():
     with pytest.raises(loop.TrainingError, match="validation"):
-        loop.evaluate(lambda s, r: None, None, [], lambda r: r, dict, 0)
+        loop.evaluate(lambda s, r: None, None, [], lambda r: r, dict, 0, lambda: False)
 
 
 def test_validation_weighs_batches_by_their_counts_and_stops_at_the_limit():
@@ -225,6 +292,7 @@ def test_validation_weighs_batches_by_their_counts_and_stops_at_the_limit():
             lambda rows: rows,
             lambda sums: {"loss": sums["total"] / sums["count"], "absent": np.nan},
             limit,
+            lambda: False,
         )
 
     assert run(2) == {"loss": 2.5}

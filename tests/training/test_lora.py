@@ -27,7 +27,7 @@ from mimo_jax.trees import flatten
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0, tables=True, targets=("q", "k", "v", "out", "up", "gate", "down", "projection"))
 RATES = {"llm": 1e-3, "patch_encoder": 3e-3, "patch_decoder": 2e-3}
-LOSS = LMLossConfig(channel_weights=(12.0, 8.0, 6.0), vocab_chunk=7)
+LOSS = LMLossConfig(channel_weights=(12.0, 8.0, 6.0))
 
 
 def boxed(compute=lm_cases.COMPUTE):

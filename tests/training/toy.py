@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,7 +31,7 @@ from mimo_jax.training.state import TrainState
 RATES = {"llm": 1e-2, "patch_encoder": 3e-3, "patch_decoder": 0.0}
 
 
-def make_config(steps: int, mesh: MeshConfig | None = None, **run: int) -> LMTrainConfig:
+def make_config(steps: int, mesh: MeshConfig | None = None, **run: float) -> LMTrainConfig:
     """A job config for the checkpoint's meta; only `run`, `optimizer` and `mesh` matter here."""
     return LMTrainConfig(
         model=presets.audio_lm("tiny"),
@@ -129,11 +129,11 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
 
         train_step = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
 
-        def validate(state: TrainState) -> dict[str, float]:
+        def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
             held_out = ToyLoader()
             held_out.position = 10_000
             batches = (next(held_out) for _ in range(3))
-            return loop.evaluate(eval_step, state, batches, put, describe, 0)
+            return loop.evaluate(eval_step, state, batches, put, describe, 0, stop)
 
         @jax.jit
         def eval_step(state: TrainState, rows: dict) -> StepMetrics:

@@ -5,8 +5,8 @@ A device works on b = rows / accumulation / (data * fsdp) rows at a time. Per de
     parameters    every array, cut as `sharding.LOGICAL_RULES` say; the base of a LoRA run in its own dtype
     optimiser     two moments of what is trained
     gradients     one of what is trained, two where steps are accumulated
-    weights       copies to work with: two layers of the LLM in the compute dtype; the text head in that dtype and
-                  in float32, and the sum of its gradient if it is trained
+    weights       copies to work with: two layers of the LLM in the compute dtype; a chunk of the text head's columns,
+                  and the gradients of both chunk and head if it is trained
     activations   of every layer of LLM (b L positions), patch encoder (b C G) and patch decoder (b C T) what the remat
                   policy keeps: its input (`full`), the products of matrices too (`dots`), or all it computes (`none`)
     working set   the largest of: one layer of a stack computed anew, with its gradients; a chunk of text logits; the
@@ -14,7 +14,8 @@ A device works on b = rows / accumulation / (data * fsdp) rows at a time. Per de
     batch         the rows, twice (the next ones are on their way)
 
 XLA may do better (fusion) or worse (fragments, buffers of collectives): a test holds the sum against what it reserves.
-B rows, L positions, C patches, G frames, T steps of the patch decoder, as in the models.
+B rows, L positions, C patches, G frames, T steps of the patch decoder, as in the models; stacks over patches work on
+`compute.patch_chunk` of them at a time.
 """
 
 from __future__ import annotations
@@ -29,25 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
+from mimo_jax.chips import Topology
 from mimo_jax.config import ComputeConfig, ConfigError, LMTrainConfig, TransformerConfig
 from mimo_jax.models.attention import DENSE_SCORES
 from mimo_jax.models.audio_lm import abstract_params
 from mimo_jax.sharding import MESH_AXES, mesh_shape, shardings
 from mimo_jax.training import lora
 
-# Memory that a program can use of one device, in GiB (what the driver reports, less its own share).
-CHIPS: Mapping[str, float] = {
-    "a100": 79.1,
-    "h100": 79.1,
-    "h200": 139.8,
-    "b200": 178.0,
-    "v4": 31.2,
-    "v5e": 15.75,
-    "v5p": 95.7,
-    "v6e": 31.2,
-    "tpu7x": 94.7,
-}
-_GIB = 2**30
 _BLOCK_ROWS = 128  # queries of a block of chunked attention in long rows
 
 
@@ -56,9 +45,6 @@ class MemoryPlan:
     """Bytes on one device.
 
     Attributes:
-        devices: kind and number.
-        mesh: sizes of the axes data, fsdp, tensor.
-        rows: rows that a device works on at a time.
         parts: bytes by name.
         available: bytes a program can use.
         trained: parameters that are trained, in all.
@@ -66,9 +52,6 @@ class MemoryPlan:
         accumulation: smallest `run.accumulation` with which the job fits; 0 if there is none.
     """
 
-    devices: str
-    mesh: tuple[int, ...]
-    rows: int
     parts: Mapping[str, int]
     available: int
     trained: int
@@ -83,41 +66,22 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.total <= self.available
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"total": self.total, "fits": self.fits}
-
-    def __str__(self) -> str:
-        mesh = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, self.mesh, strict=True))
-        lines = [
-            f"{self.devices}, mesh {mesh}, {self.rows} rows per device at a time; "
-            f"{self.trained:,} of {self.parameters:,} parameters trained"
-        ]
-        parts = {**self.parts, "in all": self.total, "of": self.available, "headroom": self.available - self.total}
-        lines += [f"  {name:<12} {size / _GIB:9.2f} GiB" for name, size in parts.items()]
-        if self.fits:
-            lines.append("fits")
-        elif self.accumulation:
-            lines.append(f"does not fit; with --config.run.accumulation={self.accumulation} it would")
-        else:
-            lines.append("does not fit with any run.accumulation: cut the model over more devices, or train less of it")
-        return "\n".join(lines)
+    @property
+    def advice(self) -> str:
+        """How it would fit, as the end of a sentence."""
+        if self.accumulation:
+            return f"; with --config.run.accumulation={self.accumulation} it would"
+        return " with any run.accumulation: cut the model over more devices, or train less of it"
 
 
-def plan_memory(cfg: LMTrainConfig, devices: str) -> MemoryPlan:
+def plan_memory(cfg: LMTrainConfig, topology: Topology) -> MemoryPlan:
     """The plan of a job.
 
-    Args:
-        cfg: the job.
-        devices: `KIND:NUMBER`, a kind of `CHIPS`.
-
     Raises:
-        ConfigError: there is no such kind, or the job cannot be placed on so many devices.
+        ConfigError: the job cannot be placed on so many devices.
     """
-    kind, _, number = devices.partition(":")
-    if kind not in CHIPS or not number.isdecimal() or int(number) < 1:
-        raise ConfigError(f"devices: expected KIND:NUMBER with KIND one of {', '.join(CHIPS)}, got {devices!r}")
-    shape = mesh_shape(cfg.mesh, int(number))
-    available = int(CHIPS[kind] * _GIB)
+    shape = mesh_shape(cfg.mesh, topology.devices)
+    available = topology.chip.hbm_bytes
     fixed, trained, parameters = _arrays(cfg, shape)
     data = shape[0] * shape[1]
     if cfg.data.rows % (cfg.run.accumulation * data):
@@ -129,12 +93,11 @@ def plan_memory(cfg: LMTrainConfig, devices: str) -> MemoryPlan:
     def parts(accumulation: int) -> dict[str, int]:
         rows = cfg.data.rows // (accumulation * data)
         gradients = fixed["gradients"] * (2 if accumulation > 1 else 1)
-        return {k: int(v) for k, v in (fixed | {"gradients": gradients} | _work(cfg, rows, shape[2])).items()}
+        return {k: int(v) for k, v in (fixed | {"gradients": gradients} | _work(cfg, rows, shape)).items()}
 
     possible = [n for n in range(1, cfg.data.rows // data + 1) if cfg.data.rows % (n * data) == 0]
     fitting = next((n for n in possible if sum(parts(n).values()) <= available), 0)
-    rows = cfg.data.rows // (cfg.run.accumulation * data)
-    return MemoryPlan(devices, shape, rows, parts(cfg.run.accumulation), available, trained, parameters, fitting)
+    return MemoryPlan(parts(cfg.run.accumulation), available, trained, parameters, fitting)
 
 
 def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float], int, int]:
@@ -162,28 +125,53 @@ def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float
     return fixed, int(count(learning, False)[0]), cfg.model.num_params()
 
 
-def _work(cfg: LMTrainConfig, rows: int, tensor: int) -> dict[str, float]:
+def _stacks(cfg: LMTrainConfig, rows: int) -> list[tuple[TransformerConfig, int, int]]:
+    """Stacks of the model that a step runs, each with the number and length of its rows."""
+    m, C = cfg.model, cfg.data.row_patches
+    stacks = [(m.llm, rows, cfg.data.row_length), (m.patch_encoder, rows * C, m.group_size)]
+    return stacks + ([(m.patch_decoder, rows * C, m.num_steps)] if cfg.loss.trains_audio else [])
+
+
+def traffic(cfg: LMTrainConfig, shape: Mapping[str, int]) -> float:
+    """Bytes that a device reads and writes in a step beside its matrix products: activations, weights, optimiser.
+
+    All that a layer computes is written and read once in the forward pass, as often where it is computed anew, and
+    twice in the backward pass.
+    """
+    width = np.dtype(jnp.dtype(cfg.compute.dtype)).itemsize
+    rows = cfg.data.rows / (shape["data"] * shape["fsdp"])
+    passes = 4 if cfg.compute.remat == "full" else 3
+    total = 0.0
+    for config, batch, length in _stacks(cfg, 1):
+        per_position = _block(config, cfg.compute, shape["tensor"])["all"]
+        total += 2 * passes * rows * config.num_layers * batch * length * per_position
+    weights = cfg.model.num_params() / shape["tensor"] * width * 2 * passes * cfg.run.accumulation
+    return total + weights + 7 * 4 * cfg.model.num_params() / (shape["fsdp"] * shape["tensor"])
+
+
+def _work(cfg: LMTrainConfig, rows: int, shape: tuple[int, ...]) -> dict[str, float]:
     """Bytes of what a device with so many rows makes while it computes a step."""
     m, compute = cfg.model, cfg.compute
-    L, C, G, T = cfg.data.row_length, cfg.data.row_patches, m.group_size, m.num_steps
+    L, C, G = cfg.data.row_length, cfg.data.row_patches, m.group_size
+    _, fsdp, tensor = shape
     width = np.dtype(jnp.dtype(compute.dtype)).itemsize
     wide = max(width, 4)
-    stacks = [(m.llm, rows, L), (m.patch_encoder, rows * C, G)]
-    stacks += [(m.patch_decoder, rows * C, T)] if cfg.loss.trains_audio else []
+    together = min(rows * C, compute.patch_chunk or rows * C)  # patches
     kept, working = 0.0, 0.0
-    for config, batch, length in stacks:
+    for config, batch, length in _stacks(cfg, rows):
         block, scores = _block(config, compute, tensor), 3 * _scores(config, length, tensor, width)
         dense = length * length <= DENSE_SCORES  # chunked attention keeps none of its scores
         layer = {"none": block["all"] + scores * dense, "dots": block["dots"], "full": 0.0}
         kept += config.num_layers * batch * length * (config.d_model * width + layer[compute.remat])
-        working = max(working, batch * length * (2 * block["all"] + scores))
+        working = max(working, (batch if config is m.llm else together) * length * (2 * block["all"] + scores))
     kept += 3 * rows * L * m.llm.d_model * width  # input and output of the LLM, and a gradient
-    chunk = min(rows * L, max(cfg.loss.vocab_chunk, rows))
-    logits = 3.0 * chunk * m.vocab_size / tensor * wide
-    channel = 3.0 * rows * C * G * max(m.audio_vocab_sizes) * wide if cfg.loss.trains_audio else 0.0
+    columns = min(m.vocab_size / tensor, max(1, compute.logits_chunk / max(1, rows * L)))
+    logits = 3.0 * rows * L * columns * wide
+    channel = 3.0 * together * G * max(m.audio_vocab_sizes) * wide if cfg.loss.trains_audio else 0.0
     rates = dataclasses.asdict(cfg.learning_rates)
     head_learns = rates["llm"] > 0 and (not cfg.lora.rank or cfg.lora.tables)
-    head = m.llm.d_model * m.vocab_size / tensor * (width + wide * (2 if head_learns else 1))
+    head = m.llm.d_model * columns * (width + wide * (2 if head_learns else 1))
+    head += m.llm.d_model * m.vocab_size / (tensor * fsdp) * wide * head_learns
     layers = 2.0 * m.llm.params_per_layer() / tensor * width
     row = L * 21 + C * (G * m.num_channels * 2 + 8)
     return {

@@ -1,0 +1,1 @@
+"""What a job needs of its hardware, before the first chip-hour."""

@@ -1,0 +1,117 @@
+"""Plans: published speeds come out, parts add up, and what the compiler says is what the plan says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from mimo_jax.chips import parse_topology
+from mimo_jax.config import ConfigError, LMTrainConfig
+from mimo_jax.config_files import load_config
+from mimo_jax.planning.plan import Plan, plan_training
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")
+
+
+def plan(job: str, topology: str, *overrides: str, slices: int = 1, compiled: bool = False) -> Plan:
+    config = load_config(f"{CONFIGS}/{job}", [f"--config.{o}" for o in overrides])
+    assert isinstance(config, LMTrainConfig)
+    return plan_training(config, parse_topology(topology, slices), compiled)
+
+
+# A dense text model of 8 billion parameters at 8192 positions.
+EIGHT_BILLION = (
+    "model.vocab_size=128256",
+    "model.empty_id=128000",
+    "model.llm.num_layers=32",
+    "model.llm.d_ff=14336",
+    "data.row_patches=0",
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "flags", "published"),
+    [
+        # MaxText, Llama 3.1 8B on 256 chips.
+        ("v6e:16x16", ("data.rows=768", "run.accumulation=1", "compute.remat=full", "mesh.fsdp=256"), 7207),
+        # torchtitan, Llama 3.1 8B on 8 GPUs, 2 rows each, FSDP, selective checkpointing, torch.compile.
+        ("h100:8", ("data.rows=16", "run.accumulation=1", "compute.remat=dots", "mesh.fsdp=8"), 6667),
+    ],
+)
+def test_published_speeds_come_out_within_a_fifth(topology, flags, published):
+    found = plan("text.py:7b", topology, *EIGHT_BILLION, *flags)
+    assert found.positions_per_second / found.chips == pytest.approx(published, rel=0.2)
+
+
+def test_a_plan_by_arithmetic_is_complete():
+    found = plan("joint.py:7b", "v5p:8x8x4")
+    shown = found.to_json()
+    assert shown["chips"] == 256 and shown["mesh"] == {"data": 8, "fsdp": 32, "tensor": 1}
+    assert shown["positions_per_step"] == 2048 * 8192 and shown["compile_seconds"] is None
+    assert shown["peak_hbm_bytes"] == sum(shown["hbm_by_category"].values()) and shown["fits"]
+    assert shown["step_seconds"] == max(
+        found.seconds["compute"] + found.seconds["memory"], found.seconds["interconnect"], found.seconds["network"]
+    )
+    assert shown["days"] == pytest.approx(298_023 * found.step_seconds / 86_400)
+    assert 12 * 8_018_587_648 <= shown["checkpoint_bytes"] < 12.2 * 8_018_587_648
+    assert 0.3 < shown["mfu"] < 0.7
+
+
+def test_more_devices_take_less_memory_and_time_each():
+    small, large = (plan("joint.py:7b", f"v5p:{shape}", "run.accumulation=4") for shape in ("8x8x4", "8x8x8"))
+    assert large.step_seconds < small.step_seconds and large.peak_hbm_bytes < small.peak_hbm_bytes
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "message"),
+    [
+        ("v9:4x4", 1, "KIND one of"),
+        ("v5p:4xx4", 1, "KIND:AxB"),
+        ("h100:8x8", 1, "one number of GPUs"),
+        ("h100:8", 2, "one slice"),
+        ("v5e:4x4", 0, "at least 1"),
+    ],
+)
+def test_impossible_topologies_are_refused(topology, slices, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_topology(topology, slices)
+
+
+def test_without_the_compiler_for_tpus_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="extra `tpu`"):
+        plan("joint.py:tiny", "v5e:2x2", compiled=True)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_small_step_compiles_for_tpus():
+    found = plan("joint.py:tiny", "v5e:2x2", "mesh.fsdp=2", "compute.remat=full", compiled=True)
+    assert found.compile_seconds is not None and found.fits
+    assert found.peak_hbm_bytes == sum(found.hbm_by_category.values())
+    assert {"data", "fsdp"} <= set("+".join(found.collective_bytes).split("+"))
+
+
+@needs_libtpu
+def test_a_topology_that_the_compiler_does_not_know_is_refused():
+    with pytest.raises(ConfigError, match="v5e:3x7"):
+        plan("joint.py:tiny", "v5e:3x7", "data.rows=21", compiled=True)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "slices", "flags"),
+    [
+        ("v5p:8x8x4", 1, ()),
+        ("v5e:16x16", 1, ()),
+        ("v6e:16x16", 1, ()),
+        ("v5e:16x16", 2, ("run.accumulation=4",)),
+    ],
+)
+def test_the_published_batch_fits_with_a_tenth_to_spare(topology, slices, flags):
+    found = plan("joint.py:7b", topology, *flags, slices=slices, compiled=True)
+    assert found.positions_per_step == 2048 * 8192 and found.headroom >= 0.1, str(found)
