@@ -31,13 +31,13 @@ from mimo_jax.config_files import to_config_dict
 def get_config(size: str | None = None) -> ConfigDict:
     size = presets.check_size(size)
     rows, length, patches, steps, rates = {
-        "tiny": (4, 256, 192, 150, LearningRates(llm=1e-3, patch_encoder=2e-3, patch_decoder=2e-3)),
+        "tiny": (4, 256, 192, 260, LearningRates(llm=1e-3, patch_encoder=2e-3, patch_decoder=2e-3)),
         "100m": (64, 2048, 1536, 40_000, LearningRates(llm=5e-4, patch_encoder=1e-3, patch_decoder=1e-3)),
         "1b": (512, 8192, 6144, 100_000, LearningRates(llm=2e-4, patch_encoder=4e-4, patch_decoder=4e-4)),
         "7b": (2048, 8192, 6144, 298_023, LearningRates(llm=3e-5, patch_encoder=2e-4, patch_decoder=2e-4)),
     }[size]
     accumulation = 8 if size == "7b" else 1  # one row per device at a time on 256 devices
-    every = {"tiny": 75}.get(size, 1000)
+    every = {"tiny": 130}.get(size, 1000)
     speech = LayoutWeights(continuation=0.3, interleaved=0.2, asr=0.15, tts=0.2, caption=0.05, instruct_tts=0.1)
     text_share = 2.6 / 5.0  # of the positions, as published
     if size == "tiny":
@@ -58,7 +58,7 @@ def get_config(size: str | None = None) -> ConfigDict:
                 block_documents=256 if size == "tiny" else 4096,
             ),
             run=RunConfig(steps=steps, accumulation=accumulation, eval_every=every, checkpoint_every=every),
-            # In 150 steps the published weight of `<|empty|>` targets teaches no change from text to speech.
+            # In so few steps the published weight of `<|empty|>` targets teaches no change from text to speech.
             loss=LMLossConfig(empty_weight=0.1) if size == "tiny" else LMLossConfig(),
             learning_rates=rates,
             compute=presets.compute(size),

@@ -27,7 +27,8 @@ class Chip:
         link_rate: bytes/s of one link in one direction; for GPUs of all links to the switch.
         network_rate: bytes/s to other slices (TPU) or other hosts (GPU).
         attainable: share of `peak_flops`.
-        wraps: length of a torus axis from which on, in its multiples, the axis is closed to a ring; 0 for GPUs.
+        torus: axes of its torus; 0 for GPUs.
+        wraps: length whose multiples close an axis of the torus to a ring.
         devices: JAX devices of a chip. The figures above are those of one device.
         host: devices of one host.
     """
@@ -39,7 +40,8 @@ class Chip:
     link_rate: float
     network_rate: float
     attainable: float
-    wraps: int
+    torus: int = 0
+    wraps: int = 0
     devices: int = 1
     host: int = 8
 
@@ -48,14 +50,14 @@ class Chip:
 # are for both directions of all links of a chip (6 in a 3D torus, 4 in a 2D one).
 # GPU: data sheets, without sparsity; usable memory as the driver reports it; 400 Gbit/s of network per GPU.
 CHIPS: Mapping[str, Chip] = {
-    "a100": Chip("NVIDIA A100", 312e12, int(79.1 * _GIB), 2.04e12, 300e9, 25e9, 0.45, 0),
-    "h100": Chip("NVIDIA H100", 989e12, int(79.1 * _GIB), 3.35e12, 450e9, 50e9, 0.45, 0),
-    "h200": Chip("NVIDIA H200", 989e12, int(139.8 * _GIB), 4.8e12, 450e9, 50e9, 0.45, 0),
-    "b200": Chip("NVIDIA B200", 2250e12, int(178.0 * _GIB), 8.0e12, 900e9, 50e9, 0.45, 0),
-    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * _GIB), 0.819e12, 50e9, 3.1e9, 0.80, 16, host=4),
-    "v5p": Chip("TPU v5", 459e12, int(95.74 * _GIB), 2.765e12, 100e9, 6.25e9, 0.80, 4, host=4),
-    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * _GIB), 1.638e12, 100e9, 12.5e9, 0.80, 16, host=4),
-    "tpu7x": Chip("TPU7x", 1153.5e12, int(94.75 * _GIB), 3.69e12, 50e9, 6.25e9, 0.80, 4, devices=2),
+    "a100": Chip("NVIDIA A100", 312e12, int(79.1 * _GIB), 2.04e12, 300e9, 25e9, 0.45),
+    "h100": Chip("NVIDIA H100", 989e12, int(79.1 * _GIB), 3.35e12, 450e9, 50e9, 0.45),
+    "h200": Chip("NVIDIA H200", 989e12, int(139.8 * _GIB), 4.8e12, 450e9, 50e9, 0.45),
+    "b200": Chip("NVIDIA B200", 2250e12, int(178.0 * _GIB), 8.0e12, 900e9, 50e9, 0.45),
+    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * _GIB), 0.819e12, 50e9, 3.1e9, 0.80, 2, 16, host=4),
+    "v5p": Chip("TPU v5", 459e12, int(95.74 * _GIB), 2.765e12, 100e9, 6.25e9, 0.80, 3, 4, host=4),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * _GIB), 1.638e12, 100e9, 12.5e9, 0.80, 2, 16, host=4),
+    "tpu7x": Chip("TPU7x", 1153.5e12, int(94.75 * _GIB), 3.69e12, 50e9, 6.25e9, 0.80, 3, 4, devices=2),
 }
 
 
@@ -88,7 +90,7 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        return self.chip.wraps > 0
+        return self.chip.torus > 0
 
     def torus_rate(self, places: Sequence[int]) -> float:
         """Bytes/s that a device sends in rings over so many places along each axis of its torus.
@@ -96,7 +98,9 @@ class Topology:
         An axis that is taken whole, and is closed, is a ring that runs both ways round.
         """
         pairs = zip(places, self.bounds, strict=False)  # of a torus of two axes, the third has length 1
-        ways = (2 if n == bound and bound % self.chip.wraps == 0 else 1 for n, bound in pairs if n > 1)
+        # Three axes are closed by switches between cubes, so all of them or none.
+        cubes = self.chip.torus == 2 or all(bound % self.chip.wraps == 0 for bound in self.bounds)
+        ways = (2 if cubes and n == bound and bound % self.chip.wraps == 0 else 1 for n, bound in pairs if n > 1)
         return self.chip.link_rate * max(1, sum(ways))
 
 
@@ -108,20 +112,22 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     """
     kind, _, shape = name.partition(":")
     numbers = shape.split("x")
-    if kind not in CHIPS or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+    if kind not in CHIPS or not all(n.isascii() and n.isdecimal() and int(n) > 0 for n in numbers):
         raise ConfigError(
             f"--topology={name}: expected KIND:AxB[xC] for TPUs or KIND:NUMBER for GPUs, KIND one of {', '.join(CHIPS)}"
         )
     chip, bounds = CHIPS[kind], tuple(map(int, numbers))
-    if not chip.wraps:
+    if not chip.torus:
         if len(bounds) != 1 or slices != 1:
             raise ConfigError(f"--topology={name}: expected one number of GPUs and one slice, got {shape}, {slices}")
         count = bounds[0]
         if count > chip.host and count % chip.host:
             raise ConfigError(f"--topology={name}: expected whole hosts of {chip.host} GPUs")
         bounds = (max(1, count // chip.host), min(count, chip.host))
-    elif slices < 1:
-        raise ConfigError(f"--slices={slices}: expected at least 1")
+    elif slices < 1 or len(bounds) != chip.torus:
+        raise ConfigError(
+            f"--topology={name}, --slices={slices}: expected a torus of {chip.torus} axes and at least one slice"
+        )
     return Topology(name, chip, bounds, slices)
 
 

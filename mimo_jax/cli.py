@@ -10,11 +10,13 @@ import argparse
 import os
 import select
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from mimo_jax import __version__, verbs
+from mimo_jax.config import ConfigError
 
 CONFIG_FLAG = "--config."
 
@@ -38,10 +40,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 0
         if options.traceback or not is_expected(error):
+            if _one_of_several():
+                traceback.print_exc()
+                _leave(1)
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
+        # A training job that did not fail for its settings may be worth another try: `launch` knows 3 from 2.
+        code = 3 if options.run is verbs.run_train and not isinstance(error, ConfigError) else 2
+        if _one_of_several():
+            _leave(code)
+        return code
     return 1 if failed else 0
+
+
+def _one_of_several() -> bool:
+    """Whether this is a process of a job of several."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: leaving in good order waits for the others, who wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _nobody_reads() -> bool:
@@ -225,8 +247,8 @@ def _add_plan(subparsers: Any) -> None:
         "Predict what a language model job needs and how fast it is. For TPUs the training step is compiled (minutes).",
         """\
 examples:
-  mimo-jax plan --config configs/joint.py:7b --topology v5p:8x8x4 --config.run.accumulation=8
-  mimo-jax plan --config configs/joint.py:7b --topology v5e:16x16 --slices 2 --json
+  mimo-jax plan --config configs/joint.py:7b --topology v5p:8x8x4
+  mimo-jax plan --config configs/joint.py:7b --topology v5e:16x16 --slices 2 --config.run.accumulation=4 --json
   mimo-jax plan --config configs/sft.py:7b --topology h100:8 --config.lora.rank=64
 """,
     )

@@ -7,6 +7,7 @@ the supervisor restarts the whole job; the same command continues from there.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -15,11 +16,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 _USAGE = 2  # exit code of a command that would fail again
 _FINISH_SECONDS = 20.0  # that the other processes get to end by themselves once one has failed
-_KILL_SECONDS = 90.0  # that they get to save and end after SIGTERM: one step and one checkpoint
+_SAVE_SECONDS = 120.0  # that all get to save and end after a signal to the supervisor: one step and one checkpoint
+_LONG_RUN_SECONDS = 1800.0  # after an attempt of such a length, restarts are counted anew
 
 
 def supervise(command: Sequence[str], processes: int, restarts: int, logs: Path) -> int:
@@ -29,51 +30,71 @@ def supervise(command: Sequence[str], processes: int, restarts: int, logs: Path)
         command: a `mimo-jax train` command line; with several processes it gets `--coordinator`, `--processes` and
             `--process`.
         processes: how many to start. Process 0 prints; the others write to `logs`/process-I.log.
-        restarts: how often the job may be started again. Wrong usage or settings (exit code 2) is never tried again,
-            nor is a job that was stopped by a signal to the supervisor, which is passed on.
+        restarts: how often the job may be started again without having run for half an hour in between. Wrong usage
+            or settings (exit code 2) is never tried again, nor is a job that was stopped by a signal to the
+            supervisor, which is passed on.
         logs: folder, made if missing.
 
     Returns:
         The exit code of the job: 0, or that of the process that failed first.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for attempt in range(restarts + 1):
-        code, cause, stopped = _run(command, processes, logs)
-        if code == 0 or stopped:
+    attempt = 0
+    while True:
+        begin = time.monotonic()
+        code, stopped = _run(command, processes, logs)
+        if code == 0 or stopped or code == _USAGE:
             return code
-        again = code != _USAGE and attempt < restarts
-        plan = f"starting all again from the last checkpoint (restart {attempt + 1} of {restarts})" if again else "done"
-        print(f"launch: {cause}; {plan}", file=sys.stderr, flush=True)
-        if not again:
-            break
-    return code
+        attempt = 1 if time.monotonic() - begin > _LONG_RUN_SECONDS else attempt + 1
+        if attempt > restarts:
+            return code
+        _say(f"starting all again from the last checkpoint (restart {attempt} of {restarts})")
+        time.sleep(min(60.0, 2.0 ** (attempt - 1) - 1))
 
 
-def _run(command: Sequence[str], processes: int, logs: Path) -> tuple[int, str, bool]:
-    """One attempt: exit code, what happened, and whether a signal to the supervisor ended it."""
-    received: list[int] = []
-    patience = [(_FINISH_SECONDS, signal.SIGTERM), (_FINISH_SECONDS + _KILL_SECONDS, signal.SIGKILL)]
-    with _jobs(command, processes, logs) as jobs, _forwarded(jobs, received):
-        failed: list[int] = []
-        begin = 0.0
+def _say(text: str) -> None:
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def _run(command: Sequence[str], processes: int, logs: Path) -> tuple[int, bool]:
+    """One attempt: its exit code, and whether a signal to the supervisor ended it."""
+    first: int | None = None  # the process that failed first
+    deadline = math.inf
+    with _signals() as received, _jobs(command, processes, logs) as jobs:
         while any(job.poll() is None for job in jobs):
-            now = time.monotonic()
-            if not failed:
-                failed = [i for i, job in enumerate(jobs) if job.poll() not in (None, 0)]
-                begin = now
-            elif patience and now - begin > patience[0][0]:
-                _send(jobs, patience.pop(0)[1])
+            if first is None and (failed := _failed(jobs)):
+                first = failed[0]
+                if not received:
+                    _say(_cause(jobs, first, logs))
+                    deadline = time.monotonic() + _FINISH_SECONDS
+            if received and received[-1] is not None:
+                # JAX's preemption service knows SIGTERM only.
+                _send(jobs, signal.SIGTERM if processes > 1 else received[-1])
+                received.append(None)
+                deadline = time.monotonic() + _SAVE_SECONDS
+            if time.monotonic() > deadline:
+                _send(jobs, signal.SIGKILL)
             time.sleep(0.1)
-        failed = failed or [i for i, job in enumerate(jobs) if job.returncode != 0]
-        codes = [job.returncode for job in jobs]
-    if not failed:
-        return 0, "", False
-    # A process that JAX aborted (SIGABRT) has lost another one: that is not the cause.
-    first = min(failed, key=lambda i: codes[i] == -signal.SIGABRT)
-    code = codes[first]
+        failed = _failed(jobs)
+        if first is None and failed:
+            first = failed[0]
+            if not received:
+                _say(_cause(jobs, first, logs))
+        code = 0 if first is None else jobs[first].returncode
+    return (128 - code if code < 0 else code), bool(received)
+
+
+def _failed(jobs: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Processes that failed, the likeliest cause first: one that was killed, then one that gave up. One that JAX
+    aborted has lost another one."""
+    codes = {i: job.returncode for i, job in enumerate(jobs) if job.poll() not in (None, 0)}
+    return sorted(codes, key=lambda i: (codes[i] == -signal.SIGABRT, codes[i] > 0))
+
+
+def _cause(jobs: Sequence[subprocess.Popen[bytes]], i: int, logs: Path) -> str:
+    code = jobs[i].returncode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    where = f" (see {logs / f'process-{first}.log'})" if first else ""
-    return (128 - code if code < 0 else code), f"process {first} of {processes} {how}{where}", bool(received)
+    return f"process {i} of {len(jobs)} {how}" + (f" (see {logs / f'process-{i}.log'})" if i else "")
 
 
 @contextlib.contextmanager
@@ -82,35 +103,32 @@ def _jobs(command: Sequence[str], processes: int, logs: Path) -> Iterator[list[s
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    with contextlib.ExitStack() as files:
-        jobs = []
+    jobs: list[subprocess.Popen[bytes]] = []
+    try:
         for i in range(processes):
             flags = ["--coordinator", address, "--processes", str(processes), "--process", str(i)]
-            output: IO[bytes] | None = None
-            if i:
-                output = files.enter_context((logs / f"process-{i}.log").open("ab"))
             full = [*command, *(flags if processes > 1 else [])]
-            jobs.append(subprocess.Popen(full, stdout=output, stderr=output and subprocess.STDOUT))
-        try:
-            yield jobs
-        finally:
-            _send(jobs, signal.SIGKILL)
-            for job in jobs:
-                job.wait()
+            # In sessions of their own: Ctrl-C in the terminal reaches the supervisor alone, which passes it on once.
+            if i:
+                with (logs / f"process-{i}.log").open("ab") as output:
+                    jobs.append(subprocess.Popen(full, stdout=output, stderr=output, start_new_session=True))
+            else:
+                jobs.append(subprocess.Popen(full, start_new_session=True))
+        yield jobs
+    finally:
+        _send(jobs, signal.SIGKILL)
+        for job in jobs:
+            job.wait()
 
 
 @contextlib.contextmanager
-def _forwarded(jobs: Sequence[subprocess.Popen[bytes]], received: list[int]) -> Iterator[None]:
-    """Passes SIGTERM and Ctrl-C on to the processes, and notes them."""
-
-    def forward(number: int, frame: object) -> None:
-        received.append(number)
-        # JAX's preemption service knows SIGTERM only.
-        _send(jobs, signal.SIGTERM)
-
-    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+def _signals() -> Iterator[list[int | None]]:
+    """Yields the list of SIGTERM and Ctrl-C as they come."""
+    received: list[int | None] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    old = {number: signal.signal(number, lambda got, _: received.append(got)) for number in numbers}
     try:
-        yield
+        yield received
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

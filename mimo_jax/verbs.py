@@ -57,9 +57,9 @@ def run_launch_local(options: argparse.Namespace) -> None:
     from mimo_jax.supervisor import supervise
 
     load_config(options.config, options.overrides)  # errors are shown once
-    for name in ("processes", "restarts"):
-        if getattr(options, name) < (name == "processes"):
-            raise ConfigError(f"--{name}: expected a number of {name}, got {getattr(options, name)}")
+    for name, least in (("processes", 1), ("restarts", 0)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     command = [sys.executable, "-m", "mimo_jax.cli", "train", "--config", options.config, *options.overrides]
     command += ["--workdir", options.workdir]
     raise SystemExit(supervise(command, options.processes, options.restarts, Path(options.workdir)))

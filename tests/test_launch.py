@@ -84,6 +84,16 @@ def test_a_killed_process_ends_the_job_in_time_and_it_goes_on_exactly(job, alone
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_process_that_gives_up_ends_the_job_in_time(job, tmp_path):
+    (tmp_path / "checkpoints").write_text("no folder\n")  # process 0 alone fails, and process 1 would wait for it
+    command = [*COMMAND, "launch", "local", "--processes", "2", "--restarts", "0", *job, "--workdir", str(tmp_path)]
+    begin = time.monotonic()
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode not in (0, 2) and "launch: process" in done.stderr
+    assert time.monotonic() - begin < 120
+
+
 STUB = """
 import os, pathlib, signal, sys, time
 
@@ -109,9 +119,16 @@ exec(sys.argv[2])
             "process 1 of 2 was ended by SIGKILL",
         ),
         ("sys.exit(3 * me)", 1, 3, 2, "process 1 of 2 ended with code 3"),
-        ("sys.exit(2 * (me == 0))", 5, 2, 1, "process 0 of 2 ended with code 2; done"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL) if me else sys.exit(1)",
+            0,
+            137,
+            1,
+            "process 1 of 2 was ended by SIGKILL",
+        ),
+        ("sys.exit(2 * (me == 0))", 5, 2, 1, "process 0 of 2 ended with code 2"),
     ],
-    ids=["fine", "killed", "fails", "usage"],
+    ids=["fine", "killed", "fails", "cause", "usage"],
 )
 def test_supervisor_names_the_cause_and_starts_again(tmp_path, capfd, body, restarts, code, attempts, message):
     command = [sys.executable, "-c", STUB, str(tmp_path), body]
@@ -122,24 +139,24 @@ def test_supervisor_names_the_cause_and_starts_again(tmp_path, capfd, body, rest
 
 def test_supervisor_ends_processes_that_wait_for_a_lost_one(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(supervisor, "_FINISH_SECONDS", 0.5)
-    monkeypatch.setattr(supervisor, "_KILL_SECONDS", 0.5)
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60 * (me == 0)); sys.exit(7)"
     begin = time.monotonic()
     assert supervise([sys.executable, "-c", STUB, str(tmp_path), body], 2, 0, tmp_path / "logs") == 7
     assert time.monotonic() - begin < 20 and "process 1 of 2 ended with code 7" in capfd.readouterr().err
 
 
-def test_signal_to_the_supervisor_reaches_the_processes_and_nothing_is_started_again(tmp_path):
+@pytest.mark.parametrize("group", [False, True], ids=["process", "terminal"])
+def test_signal_to_the_supervisor_reaches_the_processes_once_and_nothing_is_started_again(tmp_path, group):
     program = "import sys; from mimo_jax.supervisor import supervise; from pathlib import Path; "
     program += "sys.exit(supervise(sys.argv[2:], 2, 5, Path(sys.argv[1])))"
-    body = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('up', flush=True); time.sleep(60)"
+    body = "seen = []; [signal.signal(n, lambda n, _: seen.append(n)) for n in (signal.SIGTERM, signal.SIGINT)]; "
+    body += "print('up', flush=True); [time.sleep(0.1) for _ in range(600) if not seen]; time.sleep(0.5); "
+    body += "sys.exit(143 if seen == [signal.SIGTERM] else 9)"
     command = [sys.executable, "-c", program, str(tmp_path), sys.executable, "-c", STUB, str(tmp_path), body]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    ) as job:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True) as job:
         assert job.stdout is not None and "up" in job.stdout.readline()
         while "up" not in (tmp_path / "process-1.log").read_text():
             time.sleep(0.05)
-        job.terminate()
+        os.killpg(job.pid, signal.SIGINT) if group else job.terminate()
         assert job.wait(20) == 143
     assert (tmp_path / "attempt-1").read_text() == "x"

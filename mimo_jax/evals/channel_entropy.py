@@ -4,7 +4,8 @@ The unigram reference knows how often each code occurs in the training set and n
 itself with a wrong context: it predicts the same patches, but what it has heard before them is another utterance. A
 model that uses its context is below both.
 
-N utterances, C patches of a row, G frames of a patch, R channels, L positions, D width, K entries of a codebook.
+N utterances, X contexts, C patches of a row, G frames of a patch, R channels, L positions, D width, K entries of a
+codebook.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ChannelEntropies:
     """Cross-entropies in nats, summed over the frames of each utterance."""
 
     model_NR: np.ndarray
-    control_NR: np.ndarray  # of the model with another utterance as its context
+    control_NR: np.ndarray  # of the model with other utterances as its context, mean over them
     unigram_NR: np.ndarray  # of the add-one-smoothed unigram of the training codes
     frames_N: np.ndarray
 
@@ -74,6 +75,7 @@ def channel_entropies(
     row_length: int,
     row_patches: int,
     batch: int = 8,
+    contexts: int = 4,
 ) -> ChannelEntropies:
     """Measures a model on held-out utterances, each alone in its row as a speech-continuation document.
 
@@ -86,6 +88,7 @@ def channel_entropies(
         held_out: at least two utterances of speech.
         row_length, row_patches: of a row, as in training.
         batch: rows computed at once.
+        contexts: other utterances that each one gets as its context in turn, fewer if there are not so many.
 
     Raises:
         ValueError: fewer than two held-out utterances.
@@ -93,20 +96,23 @@ def channel_entropies(
     if len(held_out) < 2:
         raise ValueError(f"held_out: expected at least two utterances, got {len(held_out)}")
     layouts = Layouts(tokenizer, config.group_size, config.num_channels, row_length, row_patches)
-    pieces: list[tuple[int, LMRows, np.ndarray, np.ndarray]] = []  # utterance, row, context, what counts: bool [C, G]
+    # Utterance, row, contexts [X, C, G, R], what counts: bool [C, G].
+    pieces: list[tuple[int, LMRows, np.ndarray, np.ndarray]] = []
+    contexts = min(contexts, len(held_out) - 1)
     for n, record in enumerate(held_out):
-        other = held_out[(n + 1) % len(held_out)]
-        wrong_CGR = layouts.patches(other.codes_MR, 0, len(other.codes_MR))
+        others = [held_out[(n + x) % len(held_out)] for x in range(1, contexts + 1)]
+        wrong_X = [layouts.patches(other.codes_MR, 0, len(other.codes_MR)) for other in others]
         done = 0
         for piece in layouts.plan(CONTINUATION, record_entry(record, tokenizer, _FRAME_RATE), 0):
             document = layouts.fill(CONTINUATION, piece, record)
             row = assemble_row([document], row_length, row_patches, config, 1.0)
             patches = sum(len(s.patches_NGR) for s in document.spans if isinstance(s, SpeechSpan))
-            context = row.patches_BCGR.copy()
-            context[:patches] = wrong_CGR[np.arange(patches) % len(wrong_CGR)]
+            context_XCGR = np.stack([row.patches_BCGR] * contexts)
+            for context_CGR, wrong_CGR in zip(context_XCGR, wrong_X, strict=True):
+                context_CGR[:patches] = wrong_CGR[np.arange(patches) % len(wrong_CGR)]
             frame_CG = (np.arange(row_patches)[:, None] + done) * config.group_size + np.arange(config.group_size)
             counted_CG = (np.arange(row_patches)[:, None] < patches) & (frame_CG < len(record.codes_MR))
-            pieces.append((n, row, context, counted_CG))
+            pieces.append((n, row, context_XCGR, counted_CG))
             done += patches
 
     score = _scorer(config, compute)
@@ -116,11 +122,17 @@ def channel_entropies(
     for start in range(0, len(pieces), batch):
         chosen = pieces[start : start + batch]
         # The last batch is filled up with copies of its last row, so that one program serves all.
-        _, rows, contexts, _ = zip(*chosen, *[chosen[-1]] * (batch - len(chosen)), strict=True)
+        _, rows, wrongs, _ = zip(*chosen, *[chosen[-1]] * (batch - len(chosen)), strict=True)
         stacked = LMRows(*map(np.stack, zip(*rows, strict=True)))
         stacked = stacked._replace(patches_BCGR=stacked.patches_BCGR.astype(np.int32))
         right = np.asarray(score(params, stacked, stacked.patches_BCGR), np.float64)
-        wrong = np.asarray(score(params, stacked, np.stack(contexts).astype(np.int32)), np.float64)
+        wrong = np.mean(
+            [
+                np.asarray(score(params, stacked, context_BCGR), np.float64)
+                for context_BCGR in np.stack(wrongs, axis=1).astype(np.int32)
+            ],
+            axis=0,
+        )
         for b, (n, _, _, counted_CG) in enumerate(chosen):
             model_NR[n] += right[b][counted_CG].sum(axis=0)
             control_NR[n] += wrong[b][counted_CG].sum(axis=0)

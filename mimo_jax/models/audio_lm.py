@@ -208,6 +208,7 @@ class AudioLM(nn.Module):
         size = min(C, max(1, self.compute.patch_chunk // rows_per_device(B))) if self.compute.patch_chunk else C
         if size == C:
             return function(self, *arrays_BC)
+        size = -(-C // -(-C // size))  # chunks of like size: less padding
         pad = -C % size
 
         def chunks(x: jax.Array) -> jax.Array:

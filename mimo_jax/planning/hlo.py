@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2}  # others end with their bits
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf" = (?P<type>.+?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
 _BETWEEN_SLICES = re.compile(r" send\(.*is_host_transfer=true.*megascale")
@@ -150,10 +149,8 @@ def _size(shapes: Sequence[tuple[str, str]]) -> int:
 
 def _width(dtype: str) -> float:
     """Bytes of an element."""
-    if dtype in _BYTES:
-        return _BYTES[dtype]
     bits = re.match(r"[a-z]+(\d+)", dtype)
-    return int(bits[1]) / 8 if bits else 0
+    return int(bits[1]) / 8 if bits else 1  # pred
 
 
 def _group(line: str) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from mimo_jax.models.attention import DENSE_SCORES
 from mimo_jax.models.audio_lm import abstract_params
 from mimo_jax.sharding import MESH_AXES, mesh_shape, shardings
 from mimo_jax.training import lora
+from mimo_jax.training.cross_entropy import columns_at_once
 
 _BLOCK_ROWS = 128  # queries of a block of chunked attention in long rows
 
@@ -49,6 +50,7 @@ class MemoryPlan:
         available: bytes a program can use.
         trained: parameters that are trained, in all.
         parameters: all of them.
+        checkpoint: bytes of one checkpoint: what a run holds, and the moments of what it trains.
         accumulation: smallest `run.accumulation` with which the job fits; 0 if there is none.
     """
 
@@ -56,6 +58,7 @@ class MemoryPlan:
     available: int
     trained: int
     parameters: int
+    checkpoint: int
     accumulation: int
 
     @property
@@ -82,7 +85,7 @@ def plan_memory(cfg: LMTrainConfig, topology: Topology) -> MemoryPlan:
     """
     shape = mesh_shape(cfg.mesh, topology.devices)
     available = topology.chip.hbm_bytes
-    fixed, trained, parameters = _arrays(cfg, shape)
+    fixed, trained, parameters, checkpoint = _arrays(cfg, shape)
     data = shape[0] * shape[1]
     if cfg.data.rows % (cfg.run.accumulation * data):
         raise ConfigError(
@@ -97,11 +100,11 @@ def plan_memory(cfg: LMTrainConfig, topology: Topology) -> MemoryPlan:
 
     possible = [n for n in range(1, cfg.data.rows // data + 1) if cfg.data.rows % (n * data) == 0]
     fitting = next((n for n in possible if sum(parts(n).values()) <= available), 0)
-    return MemoryPlan(parts(cfg.run.accumulation), available, trained, parameters, fitting)
+    return MemoryPlan(parts(cfg.run.accumulation), available, trained, parameters, checkpoint, fitting)
 
 
-def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float], int, int]:
-    """Bytes of parameters, moments and gradients; numbers of trained parameters and of all."""
+def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float], int, int, int]:
+    """Bytes of parameters, moments and gradients; trained parameters; all of them; bytes of a checkpoint."""
     mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rates = dataclasses.asdict(cfg.learning_rates)
     everything = abstract_params(cfg.model, cfg.compute)["params"]
@@ -122,7 +125,8 @@ def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float
         "optimiser": 2 * trained,
         "gradients": trained,
     }
-    return fixed, int(count(learning, False)[0]), cfg.model.num_params()
+    number, size = count(learning, False)
+    return fixed, int(number), cfg.model.num_params(), int(count(learnt, False)[1] + 2 * size)
 
 
 def _stacks(cfg: LMTrainConfig, rows: int) -> list[tuple[TransformerConfig, int, int]]:
@@ -132,7 +136,14 @@ def _stacks(cfg: LMTrainConfig, rows: int) -> list[tuple[TransformerConfig, int,
     return stacks + ([(m.patch_decoder, rows * C, m.num_steps)] if cfg.loss.trains_audio else [])
 
 
-def traffic(cfg: LMTrainConfig, shape: Mapping[str, int]) -> float:
+def gathered_params(cfg: LMTrainConfig, rows: int) -> float:
+    """Parameters that a device gathers in one pass over so many rows: those of the patches once for each chunk."""
+    m, patches = cfg.model, rows * cfg.data.row_patches
+    chunks = -(-patches // cfg.compute.patch_chunk) if cfg.compute.patch_chunk else min(1, patches)
+    return m.num_llm_params() + chunks * (m.num_params() - m.num_llm_params())
+
+
+def traffic(cfg: LMTrainConfig, shape: Mapping[str, int], trained: int) -> float:
     """Bytes that a device reads and writes in a step beside its matrix products: activations, weights, optimiser.
 
     All that a layer computes is written and read once in the forward pass, as often where it is computed anew, and
@@ -145,8 +156,9 @@ def traffic(cfg: LMTrainConfig, shape: Mapping[str, int]) -> float:
     for config, batch, length in _stacks(cfg, 1):
         per_position = _block(config, cfg.compute, shape["tensor"])["all"]
         total += 2 * passes * rows * config.num_layers * batch * length * per_position
-    weights = cfg.model.num_params() / shape["tensor"] * width * 2 * passes * cfg.run.accumulation
-    return total + weights + 7 * 4 * cfg.model.num_params() / (shape["fsdp"] * shape["tensor"])
+    gathered = gathered_params(cfg, int(rows / cfg.run.accumulation))
+    weights = gathered / shape["tensor"] * width * 2 * passes * cfg.run.accumulation
+    return total + weights + 7 * 4 * trained / (shape["fsdp"] * shape["tensor"])
 
 
 def _work(cfg: LMTrainConfig, rows: int, shape: tuple[int, ...]) -> dict[str, float]:
@@ -165,13 +177,13 @@ def _work(cfg: LMTrainConfig, rows: int, shape: tuple[int, ...]) -> dict[str, fl
         kept += config.num_layers * batch * length * (config.d_model * width + layer[compute.remat])
         working = max(working, (batch if config is m.llm else together) * length * (2 * block["all"] + scores))
     kept += 3 * rows * L * m.llm.d_model * width  # input and output of the LLM, and a gradient
-    columns = min(m.vocab_size / tensor, max(1, compute.logits_chunk / max(1, rows * L)))
+    columns = columns_at_once(rows * L, m.vocab_size // tensor, compute.logits_chunk)
     logits = 3.0 * rows * L * columns * wide
     channel = 3.0 * together * G * max(m.audio_vocab_sizes) * wide if cfg.loss.trains_audio else 0.0
     rates = dataclasses.asdict(cfg.learning_rates)
     head_learns = rates["llm"] > 0 and (not cfg.lora.rank or cfg.lora.tables)
-    head = m.llm.d_model * columns * (width + wide * (2 if head_learns else 1))
-    head += m.llm.d_model * m.vocab_size / (tensor * fsdp) * wide * head_learns
+    chunk = m.llm.d_model * columns * (width + wide * (2 if head_learns else 1))
+    head = chunk + m.llm.d_model * m.vocab_size / (tensor * fsdp) * wide * head_learns
     layers = 2.0 * m.llm.params_per_layer() / tensor * width
     row = L * 21 + C * (G * m.num_channels * 2 + 8)
     return {

@@ -88,8 +88,10 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """The longest of the terms."""
-        return max(self.seconds, key=lambda name: self.seconds[name])
+        """The term that the step takes as long as, or the longer one of the two that take turns."""
+        wire = max(("interconnect", "network"), key=lambda name: self.seconds[name])
+        work = max(("compute", "memory"), key=lambda name: self.seconds[name])
+        return wire if self.step_seconds == self.seconds[wire] else work
 
     @property
     def mfu(self) -> float:
@@ -151,13 +153,15 @@ def plan_training(cfg: LMTrainConfig, topology: Topology, compiled: bool = True,
         ConfigError: the job cannot be placed on the topology, or the compiler for TPUs is not installed.
     """
     chip = topology.chip
+    if hlo and not (compiled and topology.is_tpu):
+        raise ConfigError(f"--hlo={hlo}: nothing is compiled for this topology")
     shape = dict(zip(MESH_AXES, mesh_shape(cfg.mesh, topology.devices), strict=True))
     if shape["data"] % topology.slices:
         raise ConfigError(f"mesh.data: expected a multiple of the {topology.slices} slices, got {shape['data']}")
     parts = memory.plan_memory(cfg, topology)
     step = compile_step(cfg, topology, hlo) if compiled and topology.is_tpu else None
     if step is None:
-        sent, wires = _collectives(cfg, topology, shape)
+        sent, wires = _collectives(cfg, topology, shape, parts)
         categories, peak = dict(parts.parts), parts.total
     else:
         sent, wires = _traffic(step, topology)
@@ -170,15 +174,15 @@ def plan_training(cfg: LMTrainConfig, topology: Topology, compiled: bool = True,
             cfg.data.row_length, cfg.data.row_patches / cfg.data.row_length, generate=cfg.loss.trains_audio
         )
     )
-    executed = flops * (1 + _RECOMPUTED[cfg.compute.remat] / 3) / topology.devices
+    # Forward and anew; the gradient of what flows through; that of the parameters, as many as are trained.
+    passes = 2 + _RECOMPUTED[cfg.compute.remat] + parts.trained / parts.parameters
+    executed = flops / 3 * passes / topology.devices
     seconds = {
         "compute": executed / (chip.peak_flops * chip.attainable),
-        "memory": memory.traffic(cfg, shape) / chip.hbm_rate,
+        "memory": memory.traffic(cfg, shape, parts.trained) / chip.hbm_rate,
         **wires,
     }
-    state = sum(parts.parts[name] for name in ("parameters", "optimiser"))
-    hosts = max(1, topology.devices // chip.host)
-    checkpoint = state * shape["fsdp"] * shape["tensor"]
+    hosts = max(1, min(topology.devices, shape["fsdp"] * shape["tensor"]) // chip.host)
     return Plan(
         topology=topology.name + (f" x {topology.slices} slices" if topology.slices > 1 else ""),
         chips=topology.chips,
@@ -195,18 +199,19 @@ def plan_training(cfg: LMTrainConfig, topology: Topology, compiled: bool = True,
         compile_seconds=None if step is None else step.seconds,
         audio_hours_per_step=cfg.data.rows * cfg.data.row_patches * cfg.model.group_size / CODES_PER_SECOND / 3600,
         steps=cfg.run.steps,
-        checkpoint_bytes=checkpoint,
-        checkpoint_seconds=checkpoint / (_STORAGE_RATE * min(hosts, shape["fsdp"] * shape["tensor"])),
+        checkpoint_bytes=parts.checkpoint,
+        checkpoint_seconds=parts.checkpoint / (_STORAGE_RATE * hosts),
         peak_flops=topology.devices * chip.peak_flops,
         advice="" if peak <= chip.hbm_bytes else parts.advice,
     )
 
 
 def _categories(parts: memory.MemoryPlan, step: CompiledStep) -> dict[str, int]:
-    """The compiler's peak by category: what goes in is exact, what comes to be is shared out as arithmetic says."""
+    """The compiler's peak by category: parameters and optimiser are exact, `batch` is what else goes in (padding to
+    tiles included), and what comes to be is shared out as arithmetic says."""
     fixed = {name: parts.parts[name] for name in ("parameters", "optimiser")}
     fixed["batch"] = max(0, step.argument_bytes - sum(fixed.values()))
-    rest = step.peak_bytes - sum(fixed.values())
+    rest = max(0, step.peak_bytes - sum(fixed.values()))
     gradients = min(rest, parts.parts["gradients"])
     activations = min(rest - gradients, parts.parts["activations"])
     made = {"gradients": gradients, "activations": activations, "temporaries": rest - gradients - activations}
@@ -233,30 +238,36 @@ def _traffic(step: CompiledStep, topology: Topology) -> tuple[dict[str, int], di
 
 
 def _collectives(
-    cfg: LMTrainConfig, topology: Topology, shape: Mapping[str, int]
+    cfg: LMTrainConfig, topology: Topology, shape: Mapping[str, int], parts: memory.MemoryPlan
 ) -> tuple[dict[str, int], dict[str, float]]:
     """The same by arithmetic: per micro-batch, parameters are gathered for both passes and gradients scattered."""
     m, width = cfg.model, 2 if cfg.compute.dtype == "bfloat16" else 4
     data, fsdp, tensor = (shape[axis] for axis in MESH_AXES)
     rows = cfg.data.rows // (cfg.run.accumulation * data * fsdp)
-    whole = m.num_params() * width / tensor
+    gathered = memory.gathered_params(cfg, rows) * width / tensor
+    learnt = parts.trained * width / tensor
     sent = {
-        "fsdp": 3 * whole * (fsdp - 1) / fsdp,
-        "data": 2 * whole / fsdp * (data - 1) / data,
+        "fsdp": (2 * gathered + learnt) * (fsdp - 1) / fsdp,
+        "data": 2 * learnt / fsdp * (data - 1) / data,
         # Two gathers and two scatters of the residual stream in each pass of a layer.
         "tensor": 12 * m.llm.num_layers * rows * cfg.data.row_length * m.llm.d_model * width * (tensor - 1) / tensor,
     }
     sent = {axis: cfg.run.accumulation * size for axis, size in sent.items() if size}
     seconds = {"interconnect": 0.0, "network": 0.0}
     inside = math.prod(topology.bounds) * topology.chip.devices if topology.is_tpu else topology.bounds[1]
+    rate = topology.torus_rate(topology.bounds) if topology.is_tpu else topology.chip.link_rate
     reach = 1  # devices that the axes so far span, from the innermost
     for axis in reversed(MESH_AXES):
         reach *= shape[axis]
-        if axis not in sent:
-            continue
-        if reach > inside:
-            seconds["network"] += sent[axis] / topology.chip.network_rate
+        size = sent.get(axis, 0.0)
+        if reach <= inside:
+            seconds["interconnect"] += size / rate
+        elif axis == "data" and topology.is_tpu:  # summed in each slice first, then between slices
+            near = max(1, shape[axis] // topology.slices)
+            far = 2 * learnt * cfg.run.accumulation / fsdp / near * (1 - 1 / topology.slices)
+            seconds["interconnect"] += size / rate
+            seconds["network"] += far / topology.chip.network_rate
+            sent["network"] = far
         else:
-            rate = topology.torus_rate(topology.bounds) if topology.is_tpu else topology.chip.link_rate
-            seconds["interconnect"] += sent[axis] / rate
+            seconds["network"] += size / topology.chip.network_rate
     return {axis: int(size) for axis, size in sent.items()}, seconds

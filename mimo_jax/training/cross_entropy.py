@@ -81,6 +81,12 @@ def _sharded(body: Any, logits_chunk: int, h_BLD, kernel_DV, *of_rows):
     )(h_BLD, kernel_DV, *of_rows)
 
 
+def columns_at_once(positions: int, columns: int, logits_chunk: int) -> int:
+    """Columns of a chunk on a device with so many positions and columns."""
+    size = max(1, logits_chunk // max(1, positions))
+    return min(columns, max(_LANES, size // _LANES * _LANES) if columns > _LANES else size)
+
+
 class _Columns:
     """The columns of the head, a chunk at a time.
 
@@ -90,8 +96,7 @@ class _Columns:
     def __init__(self, h_XD: jax.Array, kernel_DV: jax.Array, logits_chunk: int, local: bool) -> None:
         self.h_XD, self.kernel_DV, self.local = h_XD, kernel_DV, local
         columns = kernel_DV.shape[1]
-        size = max(1, logits_chunk // max(1, h_XD.shape[0]))
-        self.size = min(columns, max(_LANES, size // _LANES * _LANES) if columns > _LANES else size)
+        self.size = columns_at_once(h_XD.shape[0], columns, logits_chunk)
         self.wide = jnp.promote_types(h_XD.dtype, jnp.float32)
         self.starts = self.size * jnp.arange(-(-columns // self.size))
         self.first_id = 0 if local else jax.lax.axis_index("tensor") * columns

@@ -99,8 +99,8 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
         )
     if any(len({d.process_index for d in group}) > 1 for group in mesh.devices.reshape(devices, -1)):
         raise ConfigError(
-            f"mesh.tensor: expected a divisor of the devices of a process ({jax.local_device_count()}), "
-            f"got {mesh.shape['tensor']}"
+            f"mesh.tensor: expected devices of one process along this axis, got {mesh.shape['tensor']} of several: "
+            "take fewer"
         )
 
 
@@ -365,6 +365,9 @@ def train_loop(
     with StopSignal(run.grace_seconds) as stop, watchdog(run.hang_seconds) as alive:
         if first == 0:
             validate_and_write(0)
+            if stop.signal is not None:
+                writer.say("stopped by a signal before the first step")
+                raise SystemExit(128 + stop.signal)
         for step in range(first + 1, run.steps + 1):
             alive()
             begin = time.perf_counter()
@@ -394,7 +397,7 @@ def train_loop(
                 ready = []
             if evaluating:
                 validate_and_write(step)
-                stopping = stop.signal is not None
+                stopping = stop.requested()
                 saving |= stopping
             if saving:
                 alive()
@@ -405,6 +408,7 @@ def train_loop(
                     store.save(step, state.variables(), state.progress(), meta)
             if stopping:
                 break
+        stop.settle()
         store.wait()
     if stop.signal is not None and step < run.steps:
         writer.say(f"step {step}/{run.steps}  stopped by a signal; the same command goes on from here")

@@ -26,7 +26,7 @@ class StopSignal:
 
     def __init__(self, grace_seconds: float) -> None:
         self.signal: int | None = None
-        self._grace = grace_seconds
+        self._grace, self._settled = grace_seconds, False
         self._timer: threading.Timer | None = None
         self._asked = 0
         self._old: dict[int, Any] = {}
@@ -41,9 +41,10 @@ class StopSignal:
     def _handle(self, number: int, frame: Any) -> None:
         self.signal = number
         self._restore()
-        self._timer = threading.Timer(self._grace, self._end, (number,))
-        self._timer.daemon = True
-        self._timer.start()
+        if not self._settled:
+            self._timer = threading.Timer(self._grace, self._end, (number,))
+            self._timer.daemon = True
+            self._timer.start()
 
     def _end(self, number: int) -> None:
         text = f"stopped by a signal; no step ended within {self._grace:g} s. The last complete checkpoint is intact"
@@ -71,6 +72,12 @@ class StopSignal:
         if self.signal is not None and self._timer is not None:
             self._timer.cancel()
         return self.signal is not None
+
+    def settle(self) -> None:
+        """All steps are done: what is left, writing the last checkpoint, may take the time that it takes."""
+        self._settled = True
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 @contextlib.contextmanager

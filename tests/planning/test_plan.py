@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -60,6 +61,36 @@ def test_a_plan_by_arithmetic_is_complete():
     assert 0.3 < shown["mfu"] < 0.7
 
 
+def test_checkpoints_of_adapters_hold_what_is_trained():
+    found = plan("sft.py:7b", "h100:8", "lora.rank=64")
+    assert 1.5e9 < found.checkpoint_bytes < 3e9
+    full = plan("sft.py:7b", "h100:8")
+    assert found.seconds["compute"] < 0.85 * full.seconds["compute"]
+    assert found.collective_bytes["fsdp"] < 0.75 * full.collective_bytes["fsdp"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bound"),
+    [((4, 3, 5, 0), "compute"), ((1, 3, 5, 0), "interconnect"), ((1, 2, 0, 4), "network"), ((1, 2, 1, 0), "memory")],
+)
+def test_the_bound_is_what_the_step_takes_as_long_as(seconds, bound):
+    found = plan("sft.py:7b", "h100:8")
+    named = dict(zip(("compute", "memory", "interconnect", "network"), seconds, strict=True))
+    step = max(seconds[0] + seconds[1], *seconds[2:])
+    assert dataclasses.replace(found, seconds=named, step_seconds=step).bound == bound
+
+
+def test_slices_send_little_over_the_network():
+    found = plan("joint.py:7b", "v5e:16x16", "run.accumulation=4", slices=2)
+    assert 0 < found.collective_bytes["network"] < found.collective_bytes["data"]
+    assert found.seconds["network"] < found.seconds["compute"]
+
+
+def test_text_of_a_program_needs_a_program():
+    with pytest.raises(ConfigError, match="--hlo=x: nothing is compiled"):
+        plan_training(load_config(f"{CONFIGS}/joint.py:7b"), parse_topology("v5p:8x8x4"), False, "x")
+
+
 def test_more_devices_take_less_memory_and_time_each():
     small, large = (plan("joint.py:7b", f"v5p:{shape}", "run.accumulation=4") for shape in ("8x8x4", "8x8x8"))
     assert large.step_seconds < small.step_seconds and large.peak_hbm_bytes < small.peak_hbm_bytes
@@ -72,7 +103,9 @@ def test_more_devices_take_less_memory_and_time_each():
         ("v5p:4xx4", 1, "KIND:AxB"),
         ("h100:8x8", 1, "one number of GPUs"),
         ("h100:8", 2, "one slice"),
-        ("v5e:4x4", 0, "at least 1"),
+        ("v5e:4x4", 0, "at least one slice"),
+        ("v5e:4x4x4", 1, "2 axes"),
+        ("v5p:256", 1, "3 axes"),
     ],
 )
 def test_impossible_topologies_are_refused(topology, slices, message):

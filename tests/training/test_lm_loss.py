@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from models import lm_cases
 
-from mimo_jax.config import LMLossConfig
+from mimo_jax.config import LMLossConfig, MeshConfig
+from mimo_jax.sharding import make_mesh
 from mimo_jax.training.cross_entropy import cross_entropy
 from mimo_jax.training.lm_loss import LMLossSums, lm_loss, loss_totals, means, target_losses, total_loss
 
@@ -173,6 +174,25 @@ def test_chunked_cross_entropy_equals_log_softmax(chunk):
         whole = jax.grad(lambda *x: (weights * plain(*x)).sum(), (0, 1))(h, kernel)
         for a, b in zip(chunked, whole, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-13)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2), (2, 1, 2)])
+def test_cross_entropy_on_a_mesh_equals_one_device(sizes):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        h, kernel = rng.standard_normal((4, 6, 8)), rng.standard_normal((8, 600))
+        targets = rng.integers(0, 600, (4, 6))
+        weights = rng.standard_normal((4, 6))
+
+        def loss(h, kernel):  # chunks of 128 columns, the last of which overlaps
+            return (weights * cross_entropy(h, kernel, targets, 1000)[0]).sum()
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        expected = step(h, kernel)
+        with jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[:4])):
+            found = jax.jit(jax.value_and_grad(loss, (0, 1)))(h, kernel)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_cross_entropy_never_holds_the_logits_of_a_row():

@@ -86,8 +86,8 @@ def test_signal_saves_and_the_same_command_goes_on_exactly(whole, tmp_path, numb
     assert lines(tmp_path, "train")[-1] == lines(whole[0], "train")[-1]
 
 
-@pytest.mark.parametrize("at", [0, 1])
-def test_signal_breaks_a_validation_off_and_saves_that_step(whole, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize(("at", "call"), [(0, 2), (1, 2), (1, 1)])
+def test_signal_breaks_a_validation_off_and_saves_that_step(whole, tmp_path, monkeypatch, at, call):
     evaluate, calls = loop.evaluate, []
 
     def signalling(batches):
@@ -98,13 +98,13 @@ def test_signal_breaks_a_validation_off_and_saves_that_step(whole, tmp_path, mon
 
     def interrupted(eval_step, state, batches, *rest):
         calls.append(1)
-        return evaluate(eval_step, state, signalling(batches) if len(calls) == 2 else batches, *rest)
+        return evaluate(eval_step, state, signalling(batches) if len(calls) == call else batches, *rest)
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
     with pytest.raises(SystemExit, match="143"):
         toy.train(tmp_path, toy.make_config(12), toy.ToyLoader())
-    assert checkpoint.good_steps(tmp_path / "checkpoints")[-1] == 8
-    assert [line["step"] for line in lines(tmp_path, "validation")] == [0]
+    assert checkpoint.good_steps(tmp_path / "checkpoints")[-1:] == ([8] if call == 2 else [])
+    assert [line["step"] for line in lines(tmp_path, "validation")] == ([0] if call == 2 else [])
     monkeypatch.undo()
     assert toy.digest(toy.train(tmp_path, toy.make_config(12), toy.ToyLoader())) == whole[1]
 
