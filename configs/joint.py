@@ -8,7 +8,7 @@
 `7b` as published: 2048 rows x 8192 positions, 5 T positions (2.6 T text, 2.4 T audio, about 107 million hours),
 learning rates 2e-4 / 3e-5 / 2e-4 (patch encoder / LLM / patch decoder), cosine after 1 % warm-up, loss
 weights 100-12-8-6-4-2-2-1-1. Planned (compiled, not run; docs/planning.md), GiB per chip and seconds per step:
-v5p:8x8x4 13.3, 19.1; v5e:16x16 13.0, 48.4; v6e:16x16 13.0, 14.0; two of v5e:16x16 (run.accumulation=4) 12.9, 24.2.
+v5p:8x8x4 13.3, 19.2; v5e:16x16 13.0, 48.9; v6e:16x16 13.0, 14.2; two of v5e:16x16 (run.accumulation=4) 12.9, 24.4.
 The smaller sizes are trained from scratch here and have their own rates.
 """
 
