@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mimo_jax.config import AudioLMConfig, LayoutWeights, LMTrainConfig, SourceConfig
+from mimo_jax.data import packing
 from mimo_jax.data.hashing import hash_arrays, uniform
 from mimo_jax.data.layouts import CONVERSATION, INTERLEAVED, TASKS, Document, Layouts, SpeechSpan, piece_lengths
 from mimo_jax.data.loader import RowLoader
@@ -256,6 +257,7 @@ def lm_loader(
         "model": [model.empty_id, model.group_size, list(model.codebook_sizes)],
         "rows": [data.rows, data.row_length, data.row_patches],
         "block_documents": data.block_documents,
+        "packing": packing.VERSION,
         "target_conditioning": data.target_conditioning,
         "empty_weight": cfg.loss.empty_weight,
         "seed": cfg.run.seed if train else 0,

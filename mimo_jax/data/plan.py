@@ -72,7 +72,7 @@ class RowPlan:
 
     Args:
         sources: at least one, each with records and a positive weight.
-        capacities: budgets of a row, the first being positions.
+        capacities: both budgets of a row, the first being positions.
         block_documents: records that are mixed and packed together.
         one_pass: every record of every source once (validation) instead of for ever; weights then do not matter.
 
@@ -83,7 +83,7 @@ class RowPlan:
     def __init__(
         self,
         sources: Sequence[PlanSource],
-        capacities: tuple[int, ...],
+        capacities: tuple[int, int],
         block_documents: int,
         seed: int,
         one_pass: bool = False,

@@ -18,6 +18,7 @@ import numpy as np
 from mimo_jax.audio.files import AudioError, audio_length, load_audio
 from mimo_jax.audio.packing import empty_row, num_codes, slot_codes, write_clip
 from mimo_jax.config import AudioTokenizerConfig, ConfigError, TokenizerTrainConfig
+from mimo_jax.data import packing
 from mimo_jax.data.hashing import hash_arrays, hash_ints
 from mimo_jax.data.ingest import fault
 from mimo_jax.data.loader import RowLoader
@@ -235,6 +236,7 @@ def tokenizer_loader(
         "rows": [data.rows, data.row_codes, data.row_text],
         "max_seconds": data.max_seconds,
         "block_documents": data.block_documents,
+        "packing": packing.VERSION,
         "seed": seed,
     }
     deal = (process_index, process_count, cfg.run.data_threads)

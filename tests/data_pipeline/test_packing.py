@@ -52,6 +52,18 @@ def test_rows_of_realistic_documents_are_filled_to_97_percent() -> None:
     assert fill > 0.97
 
 
+@pytest.mark.parametrize("row_patches", [6144, 3584, 3072, 2048, 1024])
+def test_rows_are_filled_whichever_budget_binds(row_patches: int) -> None:
+    # A third of the positions in short clips, the rest in long texts that need no patches.
+    rng = np.random.default_rng(3)
+    clips = rng.integers(20, 180, 3600)
+    texts = rng.integers(200, 2600, 500)
+    lengths = np.concatenate([np.stack([clips + clips // 3, clips], 1), np.stack([texts, np.zeros_like(texts)], 1)])
+    capacities = (8192, row_patches)
+    needed = (lengths.sum(axis=0) / capacities).max()
+    assert len(pack(lengths, capacities)) <= 1.02 * needed + 1
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 256, 1000, 4097])
 def test_permutation_is_a_bijection_that_its_key_decides(size: int) -> None:
     a, b = (Permutation(size, key)(np.arange(size)) for key in (1, 2))
