@@ -4,8 +4,8 @@
 
 Six made-up shard sets (clips of 5 to 30 s with words and times, texts of 100 to 2,000 words) are mixed, laid out,
 packed and batched as in training; the conditioning side of tasks is masked (`data.target_conditioning=False`). Prints
-the positions/s of one host of `--hosts`, and their ratio to what a step of `--step-seconds` (docs/planning.md) consumes.
-Every host plans all rows and reads its own.
+the positions/s of one host of `--hosts`, and their ratio to what a step of `--step-seconds` consumes
+(docs/planning.md). Every host plans all rows and reads its own.
 """
 
 from __future__ import annotations
