@@ -33,6 +33,8 @@ from mimo_jax.sharding import batch_sharding, make_mesh
 from mimo_jax.training.cross_entropy import cross_entropy
 from mimo_jax.training.language_model import LMJob, assemble
 from mimo_jax.training.metrics import summarize
+from mimo_jax.training.optimizer import apply_gradients, make_optimizer, trained
+from mimo_jax.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 _GROUPS = 5
@@ -135,9 +137,10 @@ def time_steps(cfg: LMTrainConfig, steps: int, warm_up: int) -> dict[str, float]
 def time_parts(cfg: LMTrainConfig, repeat: int) -> dict[str, float]:
     """Times the parts of a step alone, forward and backward, on the rows of a micro-batch."""
     mesh = make_mesh(cfg.mesh)
+    accumulation = cfg.run.accumulation
     cfg = dataclasses.replace(
         cfg,
-        data=dataclasses.replace(cfg.data, rows=cfg.data.rows // cfg.run.accumulation),
+        data=dataclasses.replace(cfg.data, rows=cfg.data.rows // accumulation),
         run=dataclasses.replace(cfg.run, accumulation=1),
     )
     with jax.set_mesh(mesh):
@@ -176,7 +179,27 @@ def time_parts(cfg: LMTrainConfig, repeat: int) -> dict[str, float]:
             if cfg.loss.trains_audio:
                 decoder = (h_BLD[:, :C], rows.patches_BCGR)
                 parts["patch_decoder"] = part(lambda m, h, codes: m.patch_cross_entropy(h, codes)[0], *decoder)
-        return {f"{name}_seconds": value * cfg.run.accumulation for name, value in parts.items()}
+        seconds_of = {f"{name}_seconds": value * accumulation for name, value in parts.items()}
+        return seconds_of | {"optimizer_seconds": time_optimizer(cfg, job, state, repeat)}
+
+
+def time_optimizer(cfg: LMTrainConfig, job: LMJob, state: TrainState, repeat: int) -> float:
+    """Times norms, clipping and update; takes the state with it."""
+    optimizer = make_optimizer(cfg.optimizer, job.rates, cfg.run.steps)
+
+    def apply(state: TrainState, gradients: Any) -> TrainState:
+        loss = jnp.float32(0)
+        return apply_gradients(state, gradients, loss, optimizer, cfg.optimizer, max_bad_steps=cfg.run.max_bad_steps)[0]
+
+    update = jax.jit(apply, donate_argnums=0, out_shardings=job.placed)
+    gradients = jax.tree.map(jnp.ones_like, trained(state.params, job.rates))
+
+    def step() -> Any:
+        nonlocal state
+        state = update(state, gradients)
+        return state
+
+    return seconds(step, repeat)
 
 
 def main() -> None:
@@ -214,7 +237,7 @@ def main() -> None:
         )
         if found["peak_memory_bytes"]:
             print(f"  peak memory       {found['peak_memory_bytes'] / 2**30:9.2f} GiB")
-        for name in ("llm", "text_head", "patch_encoder", "patch_decoder"):
+        for name in ("llm", "text_head", "patch_encoder", "patch_decoder", "optimizer"):
             if f"{name}_seconds" in found:
                 print(f"  {name:<18}{found[f'{name}_seconds']:9.4f} s")
         if options.reference and not options.fill:

@@ -133,13 +133,12 @@ def _attend(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BLS: j
     wide = jnp.promote_types(q_BLNH.dtype, jnp.float32)
     q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
     scores = jnp.einsum("blkgh,bskh->bkgls", q_BLKGH, k_BSKH, preferred_element_type=wide) * (1 / math.sqrt(H))
-    if mask_BLS is None:
-        probs = jax.nn.softmax(scores, axis=-1)
-    else:
-        mask = mask_BLS[:, None, None]
-        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-        probs = jnp.where(mask.any(-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
+    if mask_BLS is not None:
+        scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(wide).min)
+    probs = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bkgls,bskh->blkgh", probs.astype(v_BSKH.dtype), v_BSKH)
+    if mask_BLS is not None:
+        out = jnp.where(mask_BLS.any(-1)[:, :, None, None, None], out, 0)
     return out.reshape(B, L, N, H).astype(q_BLNH.dtype)
 
 
