@@ -207,22 +207,57 @@ def _add_train(subparsers: Any) -> None:
     add("--coordinator", metavar="HOST:PORT", help="the same where nothing says which: address of process 0")
     add("--processes", type=int, metavar="N", help="with --coordinator: number of processes")
     add("--process", type=int, metavar="I", help="with --coordinator: this process, from 0")
+    add("--no-xla-flags", action="store_true", help="leave the compiler flags as the environment has them")
 
 
 def _add_launch(subparsers: Any) -> None:
     group = _group(subparsers, "launch", "Start a training job and keep it running.")
-    parser = _verb(
-        group,
+
+    def verb(name: str, summary: str, example: str, **defaults: Any) -> argparse.ArgumentParser:
+        run = verbs.run_launch_job if defaults else verbs.run_launch_local
+        parser = _verb(group, name, run, summary, f"example:\n  mimo-jax launch {name} {example}\n")
+        parser.set_defaults(**defaults)
+        add = parser.add_argument
+        _config_option(parser)
+        add("--workdir", required=True, metavar="DIR", help="folder of the run, as the processes see it")
+        add("--restarts", type=int, default=10, metavar="N", help="how often to start again (default %(default)s)")
+        add("--dry-run", action="store_true", help="print what would be started, and start nothing")
+        return parser
+
+    parser = verb(
         "local",
-        verbs.run_launch_local,
         "Start the processes of a training job on this machine; where one fails, say why and start all again.",
-        "example:\n  mimo-jax launch local --processes 2 --config configs/text.py:tiny --workdir runs/text\n",
+        "--processes 2 --config configs/text.py:tiny --workdir runs/text",
     )
     add = parser.add_argument
-    _config_option(parser)
-    add("--workdir", required=True, metavar="DIR", help="folder of the run; processes but the first log into it")
-    add("--processes", type=int, default=1, metavar="N", help="processes of the job (default %(default)s)")
-    add("--restarts", type=int, default=10, metavar="N", help="how often to start again (default %(default)s)")
+    add("--processes", type=int, default=1, metavar="N", help="processes of the job; they share out the GPUs")
+
+    parser = verb(
+        "slurm",
+        "Hand a training job on GPUs to Slurm (sbatch): one process per GPU, started again until it is done.",
+        "--nodes 4 --config configs/joint.py:1b --workdir /shared/runs/joint --dry-run",
+        scheduler="slurm",
+    )
+    add = parser.add_argument
+    add("--name", default="mimo-jax", help="name of the job (default %(default)s)")
+    add("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
+    add("--devices-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default %(default)s)")
+
+    examples = "--topology v5p:8x8x4 --image IMAGE {} --config configs/joint.py:7b --workdir /data/runs/joint --dry-run"
+    for scheduler, summary, example in (
+        ("gke", "Hand a training job on TPUs to GKE, as a JobSet (kubectl).", "--volume files:/data"),
+        ("xpk", "Hand a training job on TPUs to xpk.", "--cluster tpus"),
+    ):
+        parser = verb(scheduler, summary, examples.format(example), scheduler=scheduler)
+        add = parser.add_argument
+        add("--name", default="mimo-jax", help="name of the job (default %(default)s)")
+        add("--topology", required=True, metavar="KIND:SHAPE", help="a slice, as v5e:16x16, v5p:8x8x4, tpu7x:4x4x4")
+        add("--slices", type=int, default=1, metavar="N", help="slices of that shape (default %(default)s)")
+        add("--image", required=True, help="container image with mimo-jax and the config file")
+        if scheduler == "gke":
+            add("--volume", required=True, metavar="CLAIM:/PATH", help="persistent volume claim, and where it appears")
+        else:
+            add("--cluster", required=True, help="name of the cluster")
 
 
 def _add_config(subparsers: Any) -> None:

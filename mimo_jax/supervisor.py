@@ -7,6 +7,7 @@ the supervisor restarts the whole job; the same command continues from there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -17,13 +18,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mimo_jax.config import ConfigError
+
 _USAGE = 2  # exit code of a command that would fail again
-_FINISH_SECONDS = 20.0  # that the other processes get to end by themselves once one has failed
-_SAVE_SECONDS = 120.0  # that all get to save and end after a signal to the supervisor: one step and one checkpoint
+_FINISH_SECONDS = 10.0  # that the other processes get to end by themselves once one has failed
 _LONG_RUN_SECONDS = 1800.0  # after an attempt of such a length, restarts are counted anew
 
 
-def supervise(command: Sequence[str], processes: int, restarts: int, logs: Path) -> int:
+def supervise(command: Sequence[str], processes: int, restarts: int, logs: Path, stop_seconds: float = 180.0) -> int:
     """Runs a job to its end.
 
     Args:
@@ -34,15 +36,19 @@ def supervise(command: Sequence[str], processes: int, restarts: int, logs: Path)
             or settings (exit code 2) is never tried again, nor is a job that was stopped by a signal to the
             supervisor, which is passed on.
         logs: folder, made if missing.
+        stop_seconds: how long the processes have after such a signal, to finish the step and save.
 
     Returns:
         The exit code of the job: 0, or that of the process that failed first.
+
+    Raises:
+        ConfigError: the GPUs here cannot be shared out evenly.
     """
     logs.mkdir(parents=True, exist_ok=True)
     attempt = 0
     while True:
         begin = time.monotonic()
-        code, stopped = _run(command, processes, logs)
+        code, stopped = _run(command_lines(command, processes), logs, stop_seconds)
         if code == 0 or stopped or code == _USAGE:
             return code
         attempt = 1 if time.monotonic() - begin > _LONG_RUN_SECONDS else attempt + 1
@@ -56,11 +62,53 @@ def _say(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
-def _run(command: Sequence[str], processes: int, logs: Path) -> tuple[int, bool]:
+def command_lines(command: Sequence[str], processes: int) -> list[tuple[list[str], dict[str, str]]]:
+    """Of each process of a job here: its command line, and what its environment has beside that of this process.
+
+    With several, each gets its share of the GPUs: of those in CUDA_VISIBLE_DEVICES, or of all.
+
+    Raises:
+        ConfigError: they cannot be shared out evenly.
+    """
+    if processes == 1:
+        return [(list(command), {})]
+    gpus = _gpus()
+    if len(gpus) % processes:
+        raise ConfigError(f"--processes={processes}: expected a divisor of the {len(gpus)} GPUs here")
+    share = len(gpus) // processes
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        (
+            [*command, "--coordinator", address, "--processes", str(processes), "--process", str(i)],
+            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * share : (i + 1) * share])} if share else {},
+        )
+        for i in range(processes)
+    ]
+
+
+def _gpus() -> list[str]:
+    """GPUs that JAX would see here, as CUDA_VISIBLE_DEVICES names them."""
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return []
+        named = ",".join(done.stdout.split())
+    gpus = [word.strip() for word in named.split(",")]
+    return list(itertools.takewhile(lambda gpu: gpu not in ("", "-1"), gpus))  # CUDA, too, stops at what is no GPU
+
+
+def _run(lines: Sequence[tuple[list[str], dict[str, str]]], logs: Path, stop_seconds: float) -> tuple[int, bool]:
     """One attempt: its exit code, and whether a signal to the supervisor ended it."""
     first: int | None = None  # the process that failed first
     deadline = math.inf
-    with _signals() as received, _jobs(command, processes, logs) as jobs:
+    with _signals() as received, _jobs(lines, logs) as jobs:
         while any(job.poll() is None for job in jobs):
             if first is None and (failed := _failed(jobs)):
                 first = failed[0]
@@ -68,12 +116,15 @@ def _run(command: Sequence[str], processes: int, logs: Path) -> tuple[int, bool]
                     _say(_cause(jobs, first, logs))
                     deadline = time.monotonic() + _FINISH_SECONDS
             if received and received[-1] is not None:
-                # JAX's preemption service knows SIGTERM only.
-                _send(jobs, signal.SIGTERM if processes > 1 else received[-1])
+                _send(jobs, received[-1])
                 received.append(None)
-                deadline = time.monotonic() + _SAVE_SECONDS
+                deadline = time.monotonic() + stop_seconds
             if time.monotonic() > deadline:
-                _send(jobs, signal.SIGKILL)
+                for i, job in enumerate(jobs):
+                    if job.poll() is None:
+                        _say(f"process {i} of {len(jobs)} does not end by itself: killed")
+                        job.kill()
+                        job.wait()
             time.sleep(0.1)
         failed = _failed(jobs)
         if first is None and failed:
@@ -94,26 +145,23 @@ def _failed(jobs: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 def _cause(jobs: Sequence[subprocess.Popen[bytes]], i: int, logs: Path) -> str:
     code = jobs[i].returncode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    if code == -signal.SIGABRT and len(jobs) > 1:
+        how += " (so JAX ends those who lose another process, or get no sign of life from it)"
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        how = f"was stopped by {signal.Signals(code - 128).name}"
     return f"process {i} of {len(jobs)} {how}" + (f" (see {logs / f'process-{i}.log'})" if i else "")
 
 
 @contextlib.contextmanager
-def _jobs(command: Sequence[str], processes: int, logs: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _jobs(lines: Sequence[tuple[list[str], dict[str, str]]], logs: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The processes of an attempt; none is left when the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     jobs: list[subprocess.Popen[bytes]] = []
     try:
-        for i in range(processes):
-            flags = ["--coordinator", address, "--processes", str(processes), "--process", str(i)]
-            full = [*command, *(flags if processes > 1 else [])]
+        for i, (command, extra) in enumerate(lines):
+            environment = {**os.environ, **extra}
             # In sessions of their own: Ctrl-C in the terminal reaches the supervisor alone, which passes it on once.
-            if i:
-                with (logs / f"process-{i}.log").open("ab") as output:
-                    jobs.append(subprocess.Popen(full, stdout=output, stderr=output, start_new_session=True))
-            else:
-                jobs.append(subprocess.Popen(full, start_new_session=True))
+            with (logs / f"process-{i}.log").open("ab") if i else contextlib.nullcontext() as log:
+                jobs.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
         yield jobs
     finally:
         _send(jobs, signal.SIGKILL)

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,43 +28,91 @@ from mimo_jax.config import (
 )
 from mimo_jax.config_files import load_config
 from mimo_jax.progress import Meter
+from mimo_jax.xla_flags import set_flags
 
 
 def run_train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    if options.distributed or options.coordinator:
-        import jax
-
-        given = (options.coordinator, options.processes, options.process)
-        if options.coordinator and None in given:
-            raise ConfigError("--coordinator: expected --processes and --process beside it")
-        # A host that is gone or stuck is noticed within this time, and the job ends.
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=40)
-    if isinstance(config, LMTrainConfig):
-        from mimo_jax.training.language_model import train_language_model
-
-        train_language_model(config, options.workdir)
-    elif isinstance(config, TokenizerTrainConfig):
-        from mimo_jax.training.tokenizer import train_tokenizer
-
-        train_tokenizer(config, options.workdir)
-    else:
+    if isinstance(config, AdversarialTrainConfig):
         raise ConfigError(
             f"--config={options.config}: this describes the adversarial stage of the audio tokenizer, "
             "which this version does not train"
         )
+    if not options.no_xla_flags:
+        set_flags(os.environ, tensor=config.mesh.tensor != 1)
+    import jax
+
+    from mimo_jax.training.signals import stop_signal
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(options.workdir).absolute() / "compiled"))
+    several = options.distributed or bool(options.coordinator)
+    with stop_signal(0.0):
+        if several:
+            given = (options.coordinator, options.processes, options.process)
+            if options.coordinator and None in given:
+                raise ConfigError("--coordinator: expected --processes and --process beside it")
+            jax.config.update("jax_enable_preemption_service", False)  # `stop_signal` takes the signals
+            # A host that is gone or stuck is noticed within this time, and the job ends.
+            jax.distributed.initialize(*given, heartbeat_timeout_seconds=40)
+        with stop_signal(config.run.grace_seconds if several else 0.0):
+            if isinstance(config, LMTrainConfig):
+                from mimo_jax.training.language_model import train_language_model
+
+                train_language_model(config, options.workdir)
+            else:
+                from mimo_jax.training.tokenizer import train_tokenizer
+
+                train_tokenizer(config, options.workdir)
+
+
+def _check_least(options: argparse.Namespace, **least: int) -> None:
+    for name, number in least.items():
+        if getattr(options, name) < number:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag}: expected at least {number}, got {getattr(options, name)}")
 
 
 def run_launch_local(options: argparse.Namespace) -> None:
-    from mimo_jax.supervisor import supervise
+    from mimo_jax.launching import stop_seconds
+    from mimo_jax.supervisor import command_lines, supervise
 
-    load_config(options.config, options.overrides)  # errors are shown once
-    for name, least in (("processes", 1), ("restarts", 0)):
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+    config = load_config(options.config, options.overrides)  # errors are shown once
+    _check_least(options, processes=1, restarts=0)
     command = [sys.executable, "-m", "mimo_jax.cli", "train", "--config", options.config, *options.overrides]
     command += ["--workdir", options.workdir]
-    raise SystemExit(supervise(command, options.processes, options.restarts, Path(options.workdir)))
+    if options.dry_run:
+        for line, extra in command_lines(command, options.processes):
+            print(shlex.join([*(f"{k}={v}" for k, v in extra.items()), *line]))
+        return
+    logs = Path(options.workdir)
+    raise SystemExit(supervise(command, options.processes, options.restarts, logs, stop_seconds(config)))
+
+
+def run_launch_job(options: argparse.Namespace) -> None:
+    from mimo_jax import launching
+    from mimo_jax.chips import parse_topology
+
+    config = load_config(options.config, options.overrides)
+    _check_least(options, restarts=0)
+    given = (options.name, options.config, options.overrides, options.workdir, options.restarts)
+    job = launching.Job(*given, stop_seconds=launching.stop_seconds(config))
+    if options.scheduler == "slurm":
+        _check_least(options, nodes=1, devices_per_node=1)
+        launching.check_devices(config, options.nodes * options.devices_per_node, 1)
+        text = launching.slurm(job, options.nodes, options.devices_per_node)
+    else:
+        topology = parse_topology(options.topology, options.slices)
+        if options.scheduler == "gke":
+            text = launching.gke(job, topology, options.image, options.volume)
+        else:
+            text = launching.xpk(job, topology, options.image, options.cluster)
+        per_process = launching.devices_per_host(topology)
+        launching.check_devices(config, topology.devices, per_process, topology.slices)
+    if options.dry_run:
+        print(text, end="")
+    else:
+        raise SystemExit(launching.start(options.scheduler, text))
 
 
 def run_config_show(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ LAYERS = (
     ("verbs",),
     ("quickstart", "quickstart_report"),
     ("parity",),
-    ("report", "loading", "convert", "codec_files"),
+    ("report", "loading", "convert", "codec_files", "launching"),
     ("planning", "scaling"),
     ("training",),
     ("evals",),
@@ -33,7 +33,7 @@ LAYERS = (
     ("presets",),
     ("config_files",),
     ("chips",),
-    ("atomic", "config", "rows", "trees", "progress", "supervisor", "kernels"),
+    ("atomic", "config", "rows", "trees", "progress", "supervisor", "xla_flags", "kernels"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -25,7 +25,7 @@ from mimo_jax.sharding import BATCH_AXES
 from mimo_jax.training import metrics as metrics_lib
 from mimo_jax.training.checkpoint import CheckpointStore, check_same_run, make_meta, read_meta
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
-from mimo_jax.training.signals import StopSignal, watchdog
+from mimo_jax.training.signals import stop_signal, watchdog
 from mimo_jax.training.state import TrainState, Tree
 
 
@@ -362,7 +362,7 @@ def train_loop(
                 writer.say("  ".join(parts))
 
     step = first
-    with StopSignal(run.grace_seconds) as stop, watchdog(run.hang_seconds) as alive:
+    with stop_signal(run.grace_seconds) as stop, watchdog(run.hang_seconds) as alive:
         if first == 0:
             validate_and_write(0)
             if stop.signal is not None:
@@ -387,6 +387,8 @@ def train_loop(
                 ready = []
             store.check()
 
+            if len(interval) > 1:  # a step ahead of the device is enough, and all that was begun delays a stop
+                jax.block_until_ready(interval[-2][1])
             stopping = stop.requested()
             evaluating = step % run.eval_every == 0 or step == run.steps
             saving = step % run.checkpoint_every == 0 or step == run.steps or stopping
