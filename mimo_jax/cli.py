@@ -124,6 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_train(subparsers)
     _add_launch(subparsers)
+    _add_checkpoint(subparsers)
     _add_config(subparsers)
     _add_plan(subparsers)
     _add_data(subparsers)
@@ -258,6 +259,24 @@ def _add_launch(subparsers: Any) -> None:
             add("--volume", required=True, metavar="CLAIM:/PATH", help="persistent volume claim, and where it appears")
         else:
             add("--cluster", required=True, help="name of the cluster")
+
+
+def _add_checkpoint(subparsers: Any) -> None:
+    group = _group(subparsers, "checkpoint", "Look into checkpoints.")
+    parser = _verb(
+        group,
+        "inspect",
+        verbs.run_checkpoint_inspect,
+        "List the checkpoints of a run, or say what is in one of them. Arrays are not read.",
+        "examples:\n"
+        "  mimo-jax checkpoint inspect runs/joint --verify\n"
+        "  mimo-jax checkpoint inspect runs/joint --step 2000 --json\n",
+    )
+    add = parser.add_argument
+    add("path", metavar="PATH", help="workdir of a run, or the folder of one checkpoint")
+    add("--step", type=int, metavar="N", help="say what is in this one")
+    add("--verify", action="store_true", help="compare every file with its checksum")
+    add("--json", action="store_true", help="as JSON, with all settings of the run")
 
 
 def _add_config(subparsers: Any) -> None:

@@ -460,7 +460,18 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with global-norm clipping. Decay acts on matrices only (not on norms, biases and embeddings of codes)."""
+    """AdamW with global-norm clipping. Decay acts on matrices only (not on norms, biases and embeddings of codes).
+
+    Attributes:
+        warmup_fraction: share of the run over which the learning rate rises from 0.
+        warmup_tokens: the same in tokens, instead of the share; 0 is not given.
+        final_fraction: of the peak learning rate, at the end of the cosine.
+        spike_sigmas: a step whose loss or gradient norm is so many standard deviations above the mean of the latest
+            `spike_window` good ones is skipped; 0 skips none.
+        moment_dtype: of both moments as they are stored; arithmetic is in float32.
+        stochastic_rounding: bfloat16 moments and parameters are rounded at random, so that small changes are kept on
+            average, instead of to the nearest.
+    """
 
     b1: float = 0.9
     b2: float = 0.95
@@ -470,8 +481,16 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_fraction: float = 0.01
     final_fraction: float = 0.1
+    warmup_tokens: int = 0
+    spike_sigmas: float = 0.0
+    spike_window: int = 128
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
+        require(self.spike_sigmas >= 0, "spike_sigmas", "a non-negative number", self.spike_sigmas)
+        require(self.spike_window > 1, "spike_window", "at least 2 steps", self.spike_window)
+        require(self.warmup_tokens >= 0, "warmup_tokens", "a non-negative integer", self.warmup_tokens)
         require(0 <= self.warmup_fraction < 1, "warmup_fraction", "a number in [0, 1)", self.warmup_fraction)
         require(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]", self.final_fraction)
 
@@ -481,13 +500,22 @@ class RunConfig:
     """Length, seeds and rhythm of a run, in optimiser steps.
 
     Attributes:
-        max_bad_steps: non-finite steps are skipped and recorded; this many in a row end the run.
+        steps: length of the run; where `tokens` is given, what follows from it.
+        tokens: the same as positions of rows, padding included (RVQ frames of rows for the audio tokenizer); the last
+            step may go beyond. One of the two is given.
+        keep_checkpoints: so many of the newest are kept.
+        keep_every_tokens: the first one at or after each multiple of so many tokens is kept for ever; 0 keeps none.
+        keep_best: so many are kept of those saved at a step with a validation, the ones with the least loss.
+        max_bad_steps: steps that are not finite, or spikes, are skipped and recorded; this many in a row end the run.
+        rollback_after: after so many skipped steps in a row the run goes back to the state of its last checkpoint, and
+            on with the rows after them; 0 never does.
+        max_rollbacks: so often at most; then the run ends.
         grace_seconds: after a signal to stop, the process ends if it has not reached the end of a step by then.
         hang_seconds: so long without a step, a validation batch or the begin of a checkpoint writes the stacks of all
             threads to stderr and ends the process; compiling counts. 0 is never.
     """
 
-    steps: int
+    steps: int = 0
     seed: int = 0
     accumulation: int = 1
     log_every: int = 10
@@ -499,12 +527,19 @@ class RunConfig:
     data_threads: int = 2
     grace_seconds: float = 45.0
     hang_seconds: float = 3600.0
+    tokens: int = 0
+    keep_every_tokens: int = 0
+    keep_best: int = 0
+    rollback_after: int = 0
+    max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
+        require(self.steps > 0 or self.tokens > 0, "run.steps", "a positive integer, or run.tokens instead", self.steps)
+        for name in ("steps", "tokens", "keep_every_tokens", "keep_best", "rollback_after", "max_rollbacks"):
+            require(getattr(self, name) >= 0, f"run.{name}", "a non-negative integer", getattr(self, name))
         require(self.grace_seconds > 0, "run.grace_seconds", "a positive number", self.grace_seconds)
         require(self.hang_seconds >= 0, "run.hang_seconds", "at least 0", self.hang_seconds)
         for name in (
-            "steps",
             "accumulation",
             "log_every",
             "eval_every",
@@ -513,6 +548,27 @@ class RunConfig:
             "max_bad_steps",
         ):
             require(getattr(self, name) > 0, f"run.{name}", "a positive integer", getattr(self, name))
+
+        require(
+            self.rollback_after < self.max_bad_steps,
+            "run.rollback_after",
+            f"less than run.max_bad_steps ({self.max_bad_steps})",
+            self.rollback_after,
+        )
+
+    @property
+    def patience(self) -> int:
+        """Skipped steps in a row after which nothing is updated any more, until the host has seen it."""
+        return self.rollback_after or self.max_bad_steps
+
+    def counted(self, tokens_per_step: int) -> RunConfig:
+        """The same with the `steps` that follow from `tokens`, where those are given."""
+        if not self.tokens:
+            return self
+        steps = -(-self.tokens // tokens_per_step)
+        expected = f"0 beside run.tokens, or the {steps} steps that it makes"
+        require(self.steps in (0, steps), "run.steps", expected, self.steps)
+        return dataclasses.replace(self, steps=steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -547,14 +603,31 @@ class LayoutWeights:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One shard set, the share of positions it contributes, and the layouts its records become."""
+    """One shard set, the share of positions it contributes, and the layouts its records become.
+
+    Attributes:
+        path: folder of the shard set.
+        weight: share among the sources (they need not sum to 1).
+        layouts: see there.
+        changes: (tokens, weight) in ascending order: from the first block of documents on that begins at or after so
+            many positions of rows, the source has that weight. On the command line as `1e9:0.5,2e9:0`.
+    """
 
     path: str
     weight: float
     layouts: LayoutWeights
+    changes: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "weight", "a non-negative number", self.weight)
+        pairs = all(len(pair) == 2 and pair[0] > 0 and pair[1] >= 0 for pair in self.changes)
+        at = [pair[0] for pair in self.changes]
+        require(pairs and at == sorted(set(at)), "changes", "(tokens, weight) in ascending order", self.changes)
+
+    @property
+    def used(self) -> bool:
+        """Whether it has a weight at any time."""
+        return self.weight > 0 or any(weight > 0 for _, weight in self.changes)
 
 
 @dataclass(frozen=True)
@@ -584,6 +657,8 @@ class LMDataConfig:
 
     def __post_init__(self) -> None:
         require(self.rows > 0, "data.rows", "a positive integer", self.rows)
+        for name, source in self.validation.items():
+            require(not source.changes, f"data.validation.{name}.changes", "none", source.changes)
         require(
             0 <= self.row_patches <= self.row_length,
             "data.row_patches",
@@ -647,6 +722,13 @@ class TokenizerLossConfig:
     a2t_reduction: Literal["mean", "sum"] = "mean"
 
 
+def _settle_length(job: TokenizerTrainConfig | AdversarialTrainConfig | LMTrainConfig) -> None:
+    """Derives the steps of a job whose length is given in tokens."""
+    object.__setattr__(job, "run", job.run.counted(job.tokens_per_step))
+    tokens, warmup = job.run.steps * job.tokens_per_step, job.optimizer.warmup_tokens
+    require(warmup < tokens, "optimizer.warmup_tokens", f"fewer than the {tokens} tokens of the run", warmup)
+
+
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
     """Tokenizer stage 1: unified representation learning."""
@@ -661,6 +743,14 @@ class TokenizerTrainConfig:
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     job: Literal["tokenizer"] = "tokenizer"
+
+    def __post_init__(self) -> None:
+        _settle_length(self)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """RVQ frames of the rows of a step."""
+        return self.data.rows * self.data.row_codes
 
 
 @dataclass(frozen=True)
@@ -681,6 +771,14 @@ class AdversarialTrainConfig:
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     job: Literal["tokenizer_adversarial"] = "tokenizer_adversarial"
+
+    def __post_init__(self) -> None:
+        _settle_length(self)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """RVQ frames of the rows of a step."""
+        return self.data.rows * self.data.row_codes
 
 
 @dataclass(frozen=True)
@@ -767,7 +865,13 @@ class LMTrainConfig:
     init_from: str = ""
     job: Literal["language_model"] = "language_model"
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of the rows of a step."""
+        return self.data.rows * self.data.row_length
+
     def __post_init__(self) -> None:
+        _settle_length(self)
         require(
             len(self.loss.channel_weights) == self.model.num_channels,
             "loss.channel_weights",

@@ -181,6 +181,9 @@ def _parse(hint: Any, text: str, name: str) -> Any:
         return None if text.lower() == "none" else _parse(_optional_type(hint), text, name)
     if origin is tuple:
         items = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
+        if typing.get_origin(args[0]) is tuple:  # pairs, as 1e9:0.5
+            number = typing.get_args(args[0])[0]
+            return [[_parse(number, part, name) for part in item.split(":")] for item in items if item.strip()]
         return [_parse(args[0], item.strip().strip("'\""), name) for item in items if item.strip()]
     if hint is bool:
         require(text.lower() in ("true", "false"), name, "true or false", text)

@@ -115,6 +115,15 @@ def run_launch_job(options: argparse.Namespace) -> None:
         raise SystemExit(launching.start(options.scheduler, text))
 
 
+def run_checkpoint_inspect(options: argparse.Namespace) -> bool:
+    """Prints what is there; True if `--verify` found damage."""
+    from mimo_jax.training.checkpoint_report import inspect, render
+
+    found = inspect(options.path, options.step, options.verify)
+    print(json.dumps(found, indent=1) if options.json else render(found))
+    return any(one["state"].startswith("damaged (") for one in found.get("checkpoints", [found]))
+
+
 def run_config_show(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     figures = derived_figures(config)

@@ -7,7 +7,7 @@ import pytest
 
 from mimo_jax import config as c
 from mimo_jax import config_files as files
-from mimo_jax import presets
+from mimo_jax import presets, verbs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("tokenizer", "tokenizer_adversarial", "text", "understanding", "joint", "sft")
@@ -98,11 +98,27 @@ def test_overrides_set_numbers_tuples_switches_and_nested_sources():
     assert config.compute.dtype == "bfloat16" and config.init_from == ""
 
 
+def test_the_length_can_be_given_in_tokens():
+    config = files.load_config(spec("joint", "7b"), ["--config.run.steps=0", "--config.run.tokens=5_000_000_000_000"])
+    assert config.run.steps == 298_024 and config.tokens_per_step == 16_777_216
+    assert files.from_config_dict(json.loads(files.to_json(config))) == config
+    speech = load("tokenizer", "run.steps=0", "run.tokens=1000000")
+    assert speech.run.steps == -(-1_000_000 // (speech.data.rows * speech.data.row_codes))
+    assert verbs.derived_figures(config)["positions in all"] == 298_024 * 16_777_216
+
+
 def test_an_override_can_add_a_source():
     config = load(
         "joint", "data.sources.song.path=/x", "data.sources.song.weight=1", "data.sources.song.layouts.continuation=1"
     )
     assert config.data.sources["song"] == c.SourceConfig("/x", 1.0, c.LayoutWeights(continuation=1.0))
+
+
+def test_weights_of_sources_may_change_at_token_counts():
+    config = load("joint", "data.sources.text.changes=1e9:0.5,2e9:0")
+    assert config.data.sources["text"].changes == ((1e9, 0.5), (2e9, 0.0))
+    assert files.from_config_dict(json.loads(files.to_json(config))) == config
+    assert files.from_config_dict(files.to_config_dict(config)) == config
 
 
 def test_optional_settings_take_none_and_values():
@@ -119,7 +135,10 @@ def test_optional_settings_take_none_and_values():
         ("joint", "nothing=7", r"config\.nothing: unknown setting; known are compute, data"),
         ("joint", "run.steps=many", r"config\.run\.steps: expected an integer, got 'many'"),
         ("joint", "run.steps=1.5", r"config\.run\.steps: expected an integer"),
-        ("joint", "run.steps=0", r"^config\.run\.steps: expected a positive integer, got 0"),
+        ("joint", "run.steps=0", r"^config\.run\.steps: expected a positive integer"),
+        ("joint", "run.tokens=3000", r"^config\.run\.steps: expected 0 beside run\.tokens, or the 3 steps .*, got 260"),
+        ("joint", "run.tokens=-1", r"^config\.run\.tokens: expected a non-negative"),
+        ("joint", "optimizer.warmup_tokens=1000000", r"^config\.optimizer\.warmup_tokens: expected fewer than the 26"),
         ("joint", "run=3", r"config\.run: this is a group"),
         ("joint", "run.steps.x=3", r"config\.run\.steps: this is a single setting"),
         ("joint", "data.rows=0", r"^config\.data\.rows: expected a positive integer"),
@@ -132,6 +151,9 @@ def test_optional_settings_take_none_and_values():
             r"config\.data\.sources\.song\.(weight|layouts): this setting is missing",
         ),
         ("joint", "data.sources.speech.weight=-1", r"^config\.data\.sources\.speech\.weight: expected a non-negative"),
+        ("joint", "data.sources.text.changes=2e9:1,1e9:0", r"^config\.data\.sources\.text\.changes: .* in ascending"),
+        ("joint", "data.sources.text.changes=2e9", r"^config\.data\.sources\.text\.changes: .*\(tokens, weight\)"),
+        ("joint", "data.validation.speech.changes=2e9:1", r"config.*data\.validation\.speech\.changes: expected none"),
         ("joint", "learning_rates.llm=-1", r"^config\.learning_rates\.llm: expected a non-negative"),
         ("joint", "learning_rates.llm=nan", r"^config\.learning_rates\.llm: expected a finite number"),
         ("text", "learning_rates.patch_decoder=1e-3", r"^config\.learning_rates\.patch_decoder: expected 0, since no"),

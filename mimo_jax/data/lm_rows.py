@@ -40,7 +40,7 @@ class ShardSource:
     """
 
     def __init__(self, name: str, config: SourceConfig, shards: ShardSet, layouts: Layouts, tokenizer: Any):
-        self.name, self.weight, self.shards = name, config.weight, shards
+        self.name, self.weight, self.changes, self.shards = name, config.weight, config.changes, shards
         self._layouts = layouts
         self._index = load_index(shards, tokenizer)
         shares = np.asarray(dataclasses.astuple(config.layouts), np.float64)
@@ -223,7 +223,7 @@ def lm_loader(
     layouts = Layouts(
         tokenizer, model.group_size, model.num_channels, data.row_length, data.row_patches, data.target_conditioning
     )
-    configs = {name: c for name, c in (data.sources if train else data.validation).items() if c.weight > 0}
+    configs = {name: c for name, c in (data.sources if train else data.validation).items() if c.used}
     if not configs:
         raise DataError(
             f"data.{'sources' if train else 'validation'}: expected at least one shard set with a positive weight"

@@ -67,7 +67,7 @@ class RowLoader:
 
     def __iter__(self) -> Iterator[Any]:
         if self.one_pass and self.step:
-            self._seek(0)
+            self.seek(0)
         return self
 
     def __next__(self) -> Any:
@@ -93,28 +93,32 @@ class RowLoader:
         numbers = grain.MapDataset.range(self.step * self._local, self._stop * self._local)
         return iter(numbers.map(read).to_iter_dataset(reading).batch(self._local, batch_fn=_stack))
 
-    def _seek(self, step: int) -> None:
+    def seek(self, step: int) -> None:
+        """Goes on with the batch after this step."""
         self.close()
         self.step = step
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """What `restore` needs: the step, and where its block of the plan begins. The same on every process."""
         try:
             block, first = self.plan.locate(self.step * self._rows)
         except IndexError:
             block = first = 0
-        return {"step": self.step, "block": block, "block_row": first}
+        phases = self.plan.phases(block)
+        known = {} if phases is None else {"phases": phases}
+        return {"step": self.step, "block": block, "block_row": first, **known}
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state` returned; raises DataError if it is no position of this stream."""
         try:
             step, block, row = (int(state[k]) for k in ("step", "block", "block_row"))
+            phases = [int(first) for first in state.get("phases", ())]
         except (KeyError, TypeError, ValueError):
             raise DataError(f"data position: expected step, block and block_row, got {dict(state)!r}") from None
         if min(step, block, row) < 0 or row > step * self._rows:
             raise DataError(f"data position: expected a position of this stream, got {dict(state)!r}")
-        self._seek(step)
-        self.plan.start_from(block, row)
+        self.seek(step)
+        self.plan.start_from(block, row, phases)
 
     def close(self) -> None:
         """Stops the reading threads. The loader goes on where it was when it is asked for another batch."""

@@ -5,7 +5,8 @@ into rows that are then shuffled inside the block. A source goes through its rec
 (seed, source, epoch). Nothing here depends on the number of processes, and only lengths are read.
 
 The place of row i is found by counting the rows of the blocks before it; `RowPlan.locate` does that once per block and
-a checkpoint saves where its block begins, so a restart does not count again.
+a checkpoint saves where its block begins, so a restart does not count again. Where the weights of sources change, a new
+phase begins; its first block is found by the same counting and saved as well.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class PlanSource(Protocol):
 
     name: str
     weight: float  # share of the first budget (positions) among the sources
+    changes: tuple[tuple[float, float], ...]  # (positions, weight from there on), ascending
     records: np.ndarray  # int64: numbers of the records that can become documents
     mean_length: float  # of what a record becomes, in the first budget
 
@@ -71,7 +73,7 @@ class RowPlan:
     """Rows of packed documents by number: `plan.row(i)`.
 
     Args:
-        sources: at least one, each with records and a positive weight.
+        sources: at least one with a weight, each with records.
         capacities: both budgets of a row, the first being positions.
         block_documents: records that are mixed and packed together.
         one_pass: every record of every source once (validation) instead of for ever; weights then do not matter.
@@ -88,7 +90,7 @@ class RowPlan:
         seed: int,
         one_pass: bool = False,
     ):
-        self.sources = [s for s in sources if one_pass or s.weight > 0]
+        self.sources = [s for s in sources if one_pass or s.weight > 0 or any(w > 0 for _, w in s.changes)]
         if not self.sources:
             raise DataError("data.sources: expected at least one source with a positive weight")
         self.capacities, self._seed = capacities, seed
@@ -96,21 +98,49 @@ class RowPlan:
         for source, count in zip(self.sources, counts, strict=True):
             if not count:
                 raise DataError(f"data source {source.name!r}: none of its records can become a document")
-        # Records of each source per block: in proportion to what is left of the pass, or to weight / mean length.
-        shares = [float(n) for n in counts] if one_pass else [s.weight / s.mean_length for s in self.sources]
         self._block, self._counts = block_documents, counts
-        self._rates = [max(1, round(share / sum(shares) * (1 << _RATE_BITS))) for share in shares]
-        pairs = zip(counts, self._rates, strict=True)
-        needed = max(math.ceil((n << _RATE_BITS) / (block_documents * rate)) for n, rate in pairs)
-        self.num_blocks = needed if one_pass else None
+        changes = () if one_pass else sorted({at for s in self.sources for at, _ in s.changes})
+        self._thresholds = [math.ceil(at / capacities[0]) for at in changes]  # row that each phase but the first needs
+        self._rates = [self._rates_at(at, one_pass) for at in (0, *changes)]
+        pairs = zip(counts, self._rates[0], strict=True)
+        self.num_blocks = (
+            max(math.ceil((n << _RATE_BITS) / (block_documents * rate)) for n, rate in pairs) if one_pass else None
+        )
         self._keys = [hash_ints(seed, hash_text(s.name)) for s in self.sources]
-        self._starts, self._first_block = [0], 0  # first row of blocks first_block, first_block + 1, ...
+        self._restart(0, 0, ())
         self._cache: OrderedDict[int, Block] = OrderedDict()
         self._lock = threading.RLock()
 
+    def _rates_at(self, at: float, one_pass: bool) -> list[int]:
+        """Records of each source per block (times 2^40), from so many positions on: in proportion to what is left of
+        the pass, or to weight / mean length."""
+        shares = []
+        for source, count in zip(self.sources, self._counts, strict=True):
+            weight = [source.weight, *(w for begin, w in source.changes if begin <= at)][-1]
+            shares.append(float(count) if one_pass else weight / source.mean_length)
+        if not sum(shares):
+            raise DataError(
+                f"data.sources: expected at least one source with a positive weight from {at:,.0f} tokens on"
+            )
+        return [max(1, round(share / sum(shares) * (1 << _RATE_BITS))) if share else 0 for share in shares]
+
+    def _restart(self, block: int, row: int, phases: Sequence[int]) -> None:
+        """Counts on from a block and its first row; `phases` are the first blocks of those that have begun."""
+        self._starts, self._first_block = [row], block  # first row of blocks first_block, first_block + 1, ...
+        self._phases, self._taken = [0], [[0] * len(self.sources)]  # of each phase: first block, records taken before
+        for first in phases:
+            self._begin_phase(first)
+
+    def _begin_phase(self, block: int) -> None:
+        taken = [self.taken(i, block) for i in range(len(self.sources))]
+        self._phases.append(block)
+        self._taken.append(taken)
+
     def taken(self, source: int, block: int) -> int:
         """Records of a source that the blocks before `block` have used."""
-        n = (block * self._block * self._rates[source]) >> _RATE_BITS
+        phase = bisect.bisect_right(self._phases, block) - 1
+        blocks = block - self._phases[phase]
+        n = self._taken[phase][source] + ((blocks * self._block * self._rates[phase][source]) >> _RATE_BITS)
         if self.num_blocks is not None:
             n = self._counts[source] if block >= self.num_blocks else min(n, self._counts[source])
         return n
@@ -166,19 +196,44 @@ class RowPlan:
         """The block that holds a row, and the first row of that block; raises IndexError beyond the end of a pass."""
         with self._lock:
             if row < self._starts[0]:
-                self._starts, self._first_block = [0], 0
+                self._restart(0, 0, ())
             while self._starts[-1] <= row:
                 number = self._first_block + len(self._starts) - 1
                 if self.num_blocks is not None and number >= self.num_blocks:
                     raise IndexError(f"row {row} of {self._starts[-1]}")
                 self._starts.append(self._starts[-1] + len(self.block(number).rows))
+                while self._reached(self._starts[-1]) >= len(self._phases):
+                    self._begin_phase(number + 1)
             i = bisect.bisect_right(self._starts, row) - 1
             return self._first_block + i, self._starts[i]
 
-    def start_from(self, block: int, row: int) -> None:
-        """Tells the plan that `row` is the first row of `block` (as `locate` answered before), so it need not count."""
+    def _reached(self, row: int) -> int:
+        """Changes of weights that blocks from this row on know of."""
+        return bisect.bisect_right(self._thresholds, row)
+
+    def phases(self, block: int) -> list[int] | None:
+        """First blocks of the phases but the first that have begun by `block`; None where weights never change."""
         with self._lock:
-            self._starts, self._first_block = [row], block
+            return [first for first in self._phases[1:] if first <= block] if self._thresholds else None
+
+    def start_from(self, block: int, row: int, phases: Sequence[int] = ()) -> None:
+        """Tells the plan that `row` is the first row of `block` (as `locate` answered before), so it need not count.
+
+        Args:
+            block, row: from `locate`.
+            phases: from `phases`.
+
+        Raises:
+            DataError: they do not fit the changes of weights.
+        """
+        ascending = list(phases) == sorted(phases) and all(0 < first <= block for first in phases)
+        if len(phases) != self._reached(row) or not ascending:
+            raise DataError(
+                f"data position: expected the first blocks of {self._reached(row)} changes of weights up to block "
+                f"{block}, got {list(phases)}"
+            )
+        with self._lock:
+            self._restart(block, row, phases)
 
     def row(self, number: int) -> list[DocumentRef]:
         """The documents of a row, in order."""
@@ -196,7 +251,7 @@ class RowPlan:
         if self.num_blocks is None:
             raise ValueError("an endless plan has no number of rows")
         with self._lock:
-            self._starts, self._first_block = [0], 0
+            self._restart(0, 0, ())
             for number in range(self.num_blocks):
                 self._starts.append(self._starts[-1] + len(self.block(number).rows))
             return self._starts[-1]

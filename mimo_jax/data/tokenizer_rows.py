@@ -69,6 +69,7 @@ class ClipSource:
     """
 
     name, weight = "manifest", 1.0
+    changes: tuple[tuple[float, float], ...] = ()
 
     def __init__(
         self,

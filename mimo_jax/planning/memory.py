@@ -111,22 +111,24 @@ def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float
     learnt = lora.abstract(cfg.lora, rates, everything) if cfg.lora.rank else everything
     frozen = lora.split(learnt, everything)[0] if cfg.lora.rank else {}
 
-    def count(tree: Any, device: bool) -> tuple[float, float]:
-        """(elements, bytes), on one device or in all."""
+    def count(tree: Any, device: bool) -> tuple[float, float, float]:
+        """(elements, their bytes, bytes of one moment of each), on one device or in all."""
         placed = lora.flatten(shardings(tree, mesh))
         leaves = {path: box.value for path, box in lora.flatten(tree).items()}
         sizes = {p: math.prod(placed[p].shard_shape(x.shape) if device else x.shape) for p, x in leaves.items()}
-        return sum(sizes.values()), sum(sizes[p] * x.dtype.itemsize for p, x in leaves.items())
+        widths = {p: x.dtype.itemsize for p, x in leaves.items()}
+        moments = {p: 2 if cfg.optimizer.moment_dtype == "bfloat16" else max(4, width) for p, width in widths.items()}
+        return sum(sizes.values()), *(sum(n * each[p] for p, n in sizes.items()) for each in (widths, moments))
 
     learning = {group: tree for group, tree in learnt.items() if rates[group] > 0}
-    trained = count(learning, True)[1]
+    _, trained, moment = count(learning, True)
     fixed = {
         "parameters": count(frozen, True)[1] + count(learnt, True)[1],
-        "optimiser": 2 * trained,
+        "optimiser": 2 * moment,
         "gradients": trained,
     }
-    number, size = count(learning, False)
-    return fixed, int(number), cfg.model.num_params(), int(count(learnt, False)[1] + 2 * size)
+    number, _, moment = count(learning, False)
+    return fixed, int(number), cfg.model.num_params(), int(count(learnt, False)[1] + 2 * moment)
 
 
 def _stacks(cfg: LMTrainConfig, rows: int) -> list[tuple[TransformerConfig, int, int]]:

@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ _INFERENCE = ("variables", "meta")  # items that using a model reads: not the mo
 # Settings that may differ when a run is continued: length and rhythm, placement on devices, where files lie (their
 # content is compared by the loader's fingerprint), and how (not what) is computed.
 _MAY_CHANGE = (
-    r"run\.(steps|log_every|eval_every|eval_batches|checkpoint_every|keep_checkpoints|max_bad_steps|data_threads)",
+    r"run\.(steps|tokens|log_every|eval_.*|checkpoint_every|keep_.*|max_.*|rollback_after|data_threads|.*_seconds)",
     r"mesh\..*",
     r"compute\.(remat|attention)",
     r"init_from",
@@ -138,6 +138,17 @@ def read_meta(step_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected the JSON of a checkpoint: {error}") from error
 
 
+def read_metas(folder: Path) -> dict[int, dict[str, Any]]:
+    """The meta of every complete checkpoint of a `checkpoints` folder by step; nothing where it cannot be read."""
+    metas: dict[int, dict[str, Any]] = {}
+    for step in good_steps(folder):
+        try:
+            metas[step] = read_meta(folder / str(step))
+        except CheckpointError:
+            metas[step] = {}
+    return metas
+
+
 def find(path: str | os.PathLike[str], step: int | None = None, items: Sequence[str] | None = None) -> Path:
     """Folder of the newest intact checkpoint under `path`.
 
@@ -182,6 +193,8 @@ def make_meta(
     trained_groups: list[str],
     counters: Mapping[str, float],
     base: Mapping[str, str] | None = None,
+    validation_loss: float | None = None,
+    bad_in_row: int = 0,
 ) -> dict[str, Any]:
     """What is saved beside the arrays.
 
@@ -193,10 +206,15 @@ def make_meta(
         trained_groups: groups that this run or a run before it has trained; the others are as initialised.
         counters: totals since the beginning of the run (positions, audio hours, ...).
         base: `reference` to the checkpoint that the adapters of a LoRA run stand on.
+        validation_loss: of these parameters, where they were validated.
+        bad_in_row: how many of the latest steps were skipped in a row.
     """
     return {
         "format": FORMAT,
         "step": step,
+        "tokens": step * getattr(config, "tokens_per_step", 0),
+        "validation_loss": validation_loss,
+        "bad_in_row": bad_in_row,
         "job": config.job,
         "config": json.loads(to_json(config)),
         "data_state": dict(data_state),
@@ -230,26 +248,74 @@ def check_same_run(
 ) -> None:
     """Makes sure that a checkpoint belongs to the run that is to be continued.
 
-    Length and rhythm of the run, mesh, remat, attention implementation and file locations may differ.
+    Length and rhythm of the run, mesh, remat, attention implementation and file locations may differ, and so may what
+    happens to the weights of sources after the tokens that the run has seen.
 
     Raises:
         CheckpointError: another setting or the data differ; names the first one and both values.
     """
-    known = json.loads(to_json(from_config_dict(meta["config"])))  # settings that are newer have their defaults
-    for key, old, new in _differences(known, json.loads(to_json(config))):
+    tokens = meta.get("tokens", 0)
+    known, prints = _past(from_config_dict(meta["config"]), meta["data_fingerprint"], tokens)  # newer settings: default
+    wanted, new_prints = _past(config, data_fingerprint, tokens)
+    for key, old, new in _differences(known, wanted):
+        if key.endswith(".changes"):
+            raise CheckpointError(
+                f"{where}: config.{key}, as far as it is past ({tokens:,} tokens), was {old} and is {new} now: "
+                "only later changes may be added and edited"
+            )
         if not any(re.fullmatch(pattern, key) for pattern in _MAY_CHANGE):
             raise CheckpointError(
                 f"{where}: config.{key} was {old!r} and is {new!r} now: "
                 "a run can only be continued with the settings it began with; use another working directory"
             )
-    for key, old, new in _differences(meta["data_fingerprint"], json.loads(json.dumps(dict(data_fingerprint)))):
+    for key, old, new in _differences(prints, new_prints):
         raise CheckpointError(f"{where}: the data changed: {key} was {old!r} and is {new!r} now")
+
+
+def _past(config: JobConfig, data_fingerprint: Mapping[str, Any], tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and fingerprints as JSON, without what sources do only after so many tokens."""
+    settings, prints = json.loads(to_json(config)), json.loads(json.dumps(dict(data_fingerprint)))
+    sources = settings.get("data", {}).get("sources", {})
+    for name, source in list(sources.items()):
+        source["changes"] = [change for change in source["changes"] if change[0] <= tokens]
+        if not source["weight"] and not any(weight for _, weight in source["changes"]):
+            del sources[name]
+            for part in ("sources", "settings"):
+                prints.get(part, {}).pop(name, None)
+    return settings, prints
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], separator: str = ".") -> list[tuple[str, Any, Any]]:
     """(path, old, new) of the leaves that differ, by name; None where there is no such leaf."""
     old, new = flatten(old, separator), flatten(new, separator)
     return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def reasons_to_keep(
+    metas: Mapping[int, Mapping[str, Any]], newest: int, every_tokens: int = 0, best: int = 0
+) -> dict[int, list[str]]:
+    """Which rules keep each of the checkpoints that are there; those that none keeps may go.
+
+    Args:
+        metas: meta of each complete checkpoint, by step.
+        newest: `run.keep_checkpoints`.
+        every_tokens: `run.keep_every_tokens`.
+        best: `run.keep_best`.
+    """
+    steps = sorted(metas)
+    reasons: dict[int, list[str]] = {step: [] for step in steps}
+    for step in steps[-newest:]:
+        reasons[step].append("newest" if step == steps[-1] else f"last {newest}")
+    reached = 0
+    for step in steps if every_tokens else ():  # what was between two that are kept had reached no further multiple
+        multiple = (metas[step].get("tokens") or 0) // every_tokens
+        if multiple > reached:
+            reasons[step].append(f"every {every_tokens:,} tokens")
+            reached = multiple
+    losses = {step: loss for step in steps if (loss := metas[step].get("validation_loss")) is not None}
+    for rank, step in enumerate(sorted(losses, key=lambda step: losses[step])[:best], 1):
+        reasons[step].append(f"best {rank}")
+    return reasons
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -259,12 +325,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], separator: str 
 class CheckpointStore:
     """The checkpoints of one run. One run at a time writes to a folder."""
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3) -> None:
+    def __init__(
+        self, workdir: str | os.PathLike[str], keep: int = 3, keep_every_tokens: int = 0, keep_best: int = 0
+    ) -> None:
         """Opens `WORKDIR/checkpoints` and removes what a killed process left unfinished there.
 
         Args:
             workdir: folder of the run.
-            keep: complete checkpoints to keep; older ones are removed once a newer one is complete.
+            keep, keep_every_tokens, keep_best: see `RunConfig`; others are removed once a newer one is complete.
 
         Raises:
             OSError: the folder cannot be written.
@@ -272,7 +340,7 @@ class CheckpointStore:
         import orbax.checkpoint as ocp
 
         self.folder = Path(workdir).absolute() / FOLDER
-        self._keep = keep
+        self._keep = keep, keep_every_tokens, keep_best
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         logging.getLogger("absl").addFilter(_not_raised_later)
@@ -281,6 +349,7 @@ class CheckpointStore:
             for path in self.folder.iterdir():
                 unfinished = path.name.isdecimal() and not (path / MARKER).is_file()
                 if path.is_dir() and (unfinished or path.name.endswith(".orbax-checkpoint-tmp")):
+                    warnings.warn(f"unfinished checkpoint removed: {path}", stacklevel=2)
                     shutil.rmtree(path)
         _barrier("checkpoints-opened")
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("variables", "optimizer", "meta"))
@@ -325,9 +394,10 @@ class CheckpointStore:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 write_marker(self.folder / str(step))
-                for old in good_steps(self.folder)[: -self._keep]:
-                    (self.folder / str(old) / MARKER).unlink()
-                    shutil.rmtree(self.folder / str(old))
+                for old, reasons in reasons_to_keep(read_metas(self.folder), *self._keep).items():
+                    if not reasons:
+                        (self.folder / str(old) / MARKER).unlink()
+                        shutil.rmtree(self.folder / str(old))
         except Exception as error:  # raised again in the main thread, by `wait`
             self._error = error
 
@@ -352,25 +422,35 @@ class CheckpointStore:
                 f"complete ones are untouched: steps {good_steps(self.folder)}"
             ) from error
 
-    def find(self) -> Path | None:
+    def find(self, wanted: Callable[[dict[str, Any]], bool] = lambda meta: True) -> Path | None:
         """Folder of the newest intact step, the same on every process; None where nothing was ever completed.
 
         Damaged newer steps are renamed to `STEP.damaged`, with a warning, so that the run can write them again.
 
+        Args:
+            wanted: whether a step of this meta will do.
+
         Raises:
             CheckpointError: there are checkpoints, but all are damaged.
         """
-        step = -1
-        if jax.process_index() == 0 and (steps := good_steps(self.folder)):
-            try:
-                step = int(find(self.folder).name)
-            except CheckpointError:
-                step = -2
-            else:
-                for newer in (s for s in steps if s > step):
-                    damaged = self.folder / f"{newer}.damaged"
-                    shutil.rmtree(damaged, ignore_errors=True)
-                    os.replace(self.folder / str(newer), damaged)
+        step, broken = -1, []
+        if jax.process_index() == 0:
+            for candidate in reversed(steps := good_steps(self.folder)):
+                folder = self.folder / str(candidate)
+                try:
+                    verify(folder)
+                    if wanted(read_meta(folder)):
+                        step = candidate
+                        break
+                except CheckpointError as error:
+                    warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+                    broken.append(folder)
+            if steps and len(broken) == len(steps):
+                step, broken = -2, []
+            for folder in broken:
+                damaged = folder.with_name(f"{folder.name}.damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                os.replace(folder, damaged)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -487,10 +567,11 @@ def open_step(path: str | os.PathLike[str], step: int | None = None) -> Path:
 def saved_shapes(step_dir: str | os.PathLike[str]) -> Tree:
     """Tree of `jax.ShapeDtypeStruct` of the saved variables (`params` and `codebook`), read without the arrays."""
     base = base_of(step_dir)
-    return _stored_shapes(step_dir) if base is None else saved_shapes(base)
+    return stored_shapes(step_dir) if base is None else saved_shapes(base)
 
 
-def _stored_shapes(step_dir: str | os.PathLike[str]) -> Tree:
+def stored_shapes(step_dir: str | os.PathLike[str]) -> Tree:
+    """The same of what is stored there: the variables, or the adapters alone."""
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler()
@@ -511,7 +592,7 @@ def read_variables(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
         return _read_stored(step_dir, abstract)
     variables = read_variables(base, abstract)
     wanted = flatten(abstract["params"])
-    beside = {p: x for p, x in flatten(_stored_shapes(step_dir)["params"]).items() if lora.target(p) in wanted}
+    beside = {p: x for p, x in flatten(stored_shapes(step_dir)["params"]).items() if lora.target(p) in wanted}
     if not beside:
         return variables
     placement = next(iter(wanted.values())).sharding

@@ -26,7 +26,7 @@ from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training import lm_loss, loop, lora
 from mimo_jax.training.checkpoint import CheckpointStore, base_of, open_step, reference, transfer
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
-from mimo_jax.training.optimizer import apply_gradients, make_optimizer, schedule, trained
+from mimo_jax.training.optimizer import apply_gradients, budget, make_optimizer, schedule, trained
 from mimo_jax.training.state import TrainState, Tree
 from mimo_jax.trees import flatten, nest
 
@@ -86,7 +86,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         return loop.evaluate(one, state, validation, put, describe, run.eval_batches, stop)
 
     # Restore
-    store = CheckpointStore(folder, run.keep_checkpoints)
+    store = CheckpointStore(folder, run.keep_checkpoints, run.keep_every_tokens, run.keep_best)
     restored = loop.resume(store, abstract, placed, cfg, loader)
     base: Tree = {}
     tables: Tree = {}
@@ -197,7 +197,7 @@ def assemble(cfg: LMTrainConfig, mesh: jax.sharding.Mesh | jax.sharding.Abstract
     """
     model = AudioLM(cfg.model, cfg.compute)
     rates = dataclasses.asdict(cfg.learning_rates)
-    optimizer = make_optimizer(cfg.optimizer, rates, cfg.run.steps)
+    optimizer = make_optimizer(cfg.optimizer, rates, *budget(cfg))
     everything = abstract_params(cfg.model, cfg.compute)["params"]
     learnt = lora.abstract(cfg.lora, rates, everything) if cfg.lora.rank else everything
 
@@ -256,7 +256,7 @@ def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
         optimizer: from `make_optimizer`.
     """
     rates = dataclasses.asdict(cfg.learning_rates)
-    factor = schedule(cfg.optimizer, cfg.run.steps)
+    factor = schedule(cfg.optimizer, *budget(cfg))
 
     def step(state: TrainState, rows: LMRows, base: Tree = None) -> tuple[TrainState, StepMetrics]:
         totals = lm_loss.loss_totals(rows)
@@ -271,8 +271,9 @@ def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
 
         (value, sums), gradients = loop.accumulate(micro_batch, rows, cfg.run.accumulation)
         updates_made = state.step - state.skipped
+        run = cfg.run
         state, scalars = apply_gradients(
-            state, gradients, value, optimizer, cfg.optimizer, max_bad_steps=cfg.run.max_bad_steps
+            state, gradients, value, optimizer, cfg.optimizer, max_bad_steps=run.patience, seed=run.seed
         )
         scalars |= {f"learning_rate/{group}": rates[group] * factor(updates_made) for group in learning}
         return state, StepMetrics.make(sums, scalars, count_rows(rows, cfg.model.group_size))
@@ -283,8 +284,9 @@ def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
 def count_rows(rows: LMRows, group_size: int) -> dict[str, jax.Array]:
     """What a batch holds: positions, patches, text tokens, hours of audio, (query, key) pairs of causal attention."""
     used_BL = rows.segment_ids_BL > 0
-    positions = jnp.sum(used_BL, dtype=jnp.float32)
-    patches = jnp.sum(rows.patch_positions_BC < rows.text_BL.shape[1], dtype=jnp.float32)
+    # Counted in int32: a float32 sum stands still at 2^24.
+    positions = jnp.sum(used_BL, dtype=jnp.int32).astype(jnp.float32)
+    patches = jnp.sum(rows.patch_positions_BC < rows.text_BL.shape[1], dtype=jnp.int32).astype(jnp.float32)
     return {
         "positions": positions,
         "patches": patches,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.atomic import atomic_write
-from mimo_jax.config import ConfigError, JobConfig, RunConfig, TrainingConfig
+from mimo_jax.config import ConfigError, JobConfig, TrainingConfig
 from mimo_jax.config_files import to_json
 from mimo_jax.data.loader import RowLoader
 from mimo_jax.progress import clock
@@ -219,10 +219,14 @@ def described(describe: Callable[[Any], Mapping[str, Any]], sums: Any) -> dict[s
 class Reporter:
     """Turns the metrics of an interval of steps into lines, and ends a run that has stopped learning."""
 
-    def __init__(self, writer: MetricsWriter, run: RunConfig, view: View, counters: Mapping[str, float]) -> None:
+    def __init__(
+        self, writer: MetricsWriter, config: TrainingConfig, view: View, counters: Mapping[str, float]
+    ) -> None:
         self.counters = dict(counters)
         self.waited = 0.0  # seconds the loop waited for data in this interval
-        self._writer, self._run, self._view = writer, run, view
+        self._writer, self._run, self._view = writer, config.run, view
+        self._tokens_per_step, self._rows = config.tokens_per_step, config.data.rows
+        self.bad_in_row = 0  # skipped steps up to the last one reported
         self._mark: float | None = None  # when the interval began; None until the first step is compiled
         self._untimed = 0
         self._seconds = self._steps = 0.0
@@ -240,10 +244,14 @@ class Reporter:
         if self._mark is not None:
             self._mark += time.perf_counter() - begin
 
-    def report(self, interval: list[tuple[int, StepMetrics]]) -> None:
-        """Fetches the metrics of these steps, which waits until the device has done them, and writes them."""
-        summary = metrics_lib.summarize([step for step, _ in interval], [m for _, m in interval])
-        last = interval[-1][0]
+    def report(self, interval: list[tuple[int, StepMetrics]]) -> tuple[int, dict[str, float]] | None:
+        """Fetches the metrics of these steps, which waits until the device has done them, and writes them.
+
+        Returns:
+            The step after which to go back to a checkpoint, and its scalars; None where there is no need.
+        """
+        summary = metrics_lib.summarize([s for s, _ in interval], [m for _, m in interval], self._run.patience)
+        last, self.bad_in_row = summary.last, summary.bad_in_row
         now = time.perf_counter()
         assert self._mark is not None
         seconds = max(now - self._mark, 1e-9)
@@ -252,9 +260,10 @@ class Reporter:
         for name, value in (summary.counters | {"skipped_steps": len(summary.skipped)}).items():
             self.counters[name] = self.counters.get(name, 0.0) + value
         for step, scalars in summary.skipped:
-            self._writer.write(step, "skipped", scalars)
+            self._writer.write(step, "skipped", scalars | {"rows_left_out": self._rows})
+            self._writer.say(f"step {step}/{self._run.steps}  SKIPPED: {_cause(scalars)}, {self._rows} rows left out")
 
-        values = {"loss": math.nan} | summary.scalars
+        values = {"tokens": last * self._tokens_per_step, "loss": math.nan} | summary.scalars
         if summary.sums is not None:
             values |= described(self._view.describe, summary.sums)
         if timed:
@@ -267,19 +276,32 @@ class Reporter:
                 values["mfu"], values["mfu_peak"] = values["flops_per_second"] / self._peak, self._peak
         values |= {f"total/{name}": value for name, value in self.counters.items()}
         self._writer.write(last, "train", values)
-        self._writer.say(self._line(last, values, len(summary.skipped)))
+        self._writer.say(self._line(last, values))
         self._mark, self._untimed, self.waited = now, 0, 0.0
 
-        if summary.bad_in_row >= self._run.max_bad_steps:
+        if self.bad_in_row < self._run.patience:
+            return None
+        if not self._run.rollback_after:
             raise TrainingError(
-                f"step {last}: loss or gradient was not finite in {summary.bad_in_row} steps in a row "
+                f"step {last}: loss or gradient was not finite, or a spike, in {self.bad_in_row} steps in a row "
                 f"(run.max_bad_steps = {self._run.max_bad_steps}); the parameters are those from before. Lower the "
                 "learning rate or look at the data; the steps are listed in metrics.jsonl under the split `skipped`"
             )
+        return summary.skipped[-1]
 
-    def _line(self, step: int, values: Mapping[str, float], skipped: int) -> str:
+    def went_back(self, step: int, to: int, scalars: Mapping[str, float]) -> None:
+        """After so many steps the run has gone back to the state of step `to`."""
+        self.bad_in_row = 0
+        self.counters["rollbacks"] = self.counters.get("rollbacks", 0.0) + 1
+        rows = (step - to) * self._rows
+        values = {name: scalars[name] for name in ("loss", "gradient_norm")}
+        self._writer.write(step, "rollback", values | {"to_step": to, "rows_left_out": rows})
+        end = f"state of step {to}: {_cause(scalars)}, {rows} rows left out"
+        self._writer.say(f"step {step}/{self._run.steps}  ROLLBACK to the {end}")
+
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
         view = self._view
-        parts = [f"step {step}/{self._run.steps}", f"loss {values['loss']:.4g}"]
+        parts = [f"step {step}/{self._run.steps}", f"{_short(values['tokens'])} tokens", f"loss {values['loss']:.4g}"]
         parts += _shown(view, values)
         if "step_seconds" in values:
             parts.append(f"{values[f'{view.counter}_per_second']:,.0f} {view.unit}/s")
@@ -289,9 +311,19 @@ class Reporter:
             else:
                 parts.append(f"{values['flops_per_second'] / 1e9:,.0f} GFLOP/s")
             parts.append(f"ETA {clock((self._run.steps - step) * self._seconds / self._steps)}")
-        if skipped:
-            parts.append(f"SKIPPED {skipped} non-finite steps")
         return "  ".join(parts)
+
+
+def _short(number: float) -> str:
+    """`512`, `16.8k`, `2.1M`, `5.0T`."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _cause(scalars: Mapping[str, float]) -> str:
+    return f"loss {scalars['loss']:.4g}, gradient norm {scalars['gradient_norm']:.4g}"
 
 
 def _shown(view: View, values: Mapping[str, float]) -> list[str]:
@@ -324,6 +356,9 @@ def train_loop(
     write one as well (a validation is broken off) and end the process with code 128 + signal (143, 130), so that a
     supervisor can tell a stopped run from a finished one; the same command continues it.
 
+    After `run.rollback_after` skipped steps in a row, parameters and optimiser go back to the newest intact checkpoint.
+    Step and data go on after the last of the skipped ones: all steps since that checkpoint count as skipped.
+
     Args:
         state: new or restored; its buffers are donated.
         train_step: jitted step with donated state.
@@ -337,7 +372,7 @@ def train_loop(
         base: see `make_meta`.
 
     Raises:
-        TrainingError: `run.max_bad_steps` steps in a row were not finite.
+        TrainingError: too many bad steps in a row, or too many rollbacks, or no checkpoint to go back to.
         CheckpointError: a checkpoint could not be written.
         SystemExit: stopped by a signal.
     """
@@ -345,21 +380,47 @@ def train_loop(
     if first >= run.steps:
         writer.say(f"step {first}/{run.steps}  nothing to do: this run is finished")
         return state
-    reporter = Reporter(writer, run, view, counters)
+    reporter = Reporter(writer, config, view, counters)
     interval: list[tuple[int, StepMetrics]] = []
     ready: list[tuple[int, StepMetrics]] = []
 
-    def validate_and_write(step: int) -> None:
+    def validate_and_write(step: int) -> float | None:
+        """Loss of the validation; None where it was broken off, or is no number."""
+
         def stopping() -> bool:
             alive()
             return stop.requested()
 
         with reporter.pause():
             values = validate(state, stopping)
-            if values is not None:
-                writer.write(step, "validation", values)
-                parts = [f"step {step}/{run.steps}", f"validation: loss {values['loss']:.4g}", *_shown(view, values)]
-                writer.say("  ".join(parts))
+            if values is None:
+                return None
+            loss = values.get("loss", math.nan)
+            writer.write(step, "validation", {"tokens": step * config.tokens_per_step} | values)
+            writer.say("  ".join([f"step {step}/{run.steps}", f"validation: loss {loss:.4g}", *_shown(view, values)]))
+            return loss if math.isfinite(loss) else None
+
+    def go_back(step: int, scalars: Mapping[str, float]) -> TrainState:
+        """The state of the newest checkpoint that was not saved among bad steps, as that of this step."""
+        writer.sync()
+        store.wait()
+        found = store.find(lambda meta: not meta.get("bad_in_row"))
+        made = int(reporter.counters.get("rollbacks", 0))
+        if found is None or made >= run.max_rollbacks:
+            reason = "there is no checkpoint to go back to" if found is None else f"{made} rollbacks were not enough"
+            raise TrainingError(
+                f"step {step}: {run.rollback_after} steps in a row were not finite, or spikes, and {reason} "
+                f"(run.max_rollbacks = {run.max_rollbacks}); see the splits `skipped` and `rollback` of metrics.jsonl"
+            )
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        jax.tree.map(lambda x: x.delete(), state)
+        back = TrainState.join(*store.restore(found, wanted.variables(), wanted.progress()))
+        to = int(back.step)
+        numbers = step, int(back.skipped) + step - to, 0
+        place = jax.jit(lambda: tuple(jnp.int32(n) for n in numbers), out_shardings=back.step.sharding)
+        loader.seek(step)
+        reporter.went_back(step, to, scalars)
+        return dataclasses.replace(back, **dict(zip(("step", "skipped", "bad_in_row"), place(), strict=True)))
 
     step = first
     with stop_signal(run.grace_seconds) as stop, watchdog(run.hang_seconds) as alive:
@@ -368,7 +429,8 @@ def train_loop(
             if stop.signal is not None:
                 writer.say("stopped by a signal before the first step")
                 raise SystemExit(128 + stop.signal)
-        for step in range(first + 1, run.steps + 1):
+        while step < run.steps:
+            step += 1
             alive()
             begin = time.perf_counter()
             rows = next(loader)
@@ -382,23 +444,28 @@ def train_loop(
                 writer.say(
                     f"step {step}/{run.steps}  first step, with compilation: {time.perf_counter() - begin:.1f} s"
                 )
-            if ready:
-                reporter.report(ready)
-                ready = []
+            bad = reporter.report(ready) if ready else None
+            ready = []
             store.check()
 
             if len(interval) > 1:  # a step ahead of the device is enough, and all that was begun delays a stop
                 jax.block_until_ready(interval[-2][1])
-            stopping = stop.requested()
+            stopping = stop.requested() and bad is None
             evaluating = step % run.eval_every == 0 or step == run.steps
             saving = step % run.checkpoint_every == 0 or step == run.steps or stopping
             if step % run.log_every == 0 or evaluating or saving:
                 ready, interval = interval, []
-            if evaluating or saving:
-                reporter.report(ready)
+            if (evaluating or saving) and bad is None:
+                bad = reporter.report(ready)
                 ready = []
+            if bad is not None:
+                with reporter.pause():
+                    state = go_back(*bad)
+                step, interval, ready = bad[0], [], []
+                continue
+            validation_loss = None
             if evaluating:
-                validate_and_write(step)
+                validation_loss = validate_and_write(step)
                 stopping = stop.requested()
                 saving |= stopping
             if saving:
@@ -406,7 +473,8 @@ def train_loop(
                 with reporter.pause():
                     writer.sync()
                     data = loader.state(), loader.fingerprint
-                    meta = make_meta(step, config, *data, groups, reporter.counters, base)
+                    found = validation_loss, reporter.bad_in_row
+                    meta = make_meta(step, config, *data, groups, reporter.counters, base, *found)
                     store.save(step, state.variables(), state.progress(), meta)
             if stopping:
                 break

@@ -44,7 +44,7 @@ class StepMetrics:
         Args:
             sums: tree of arrays that are added up over steps (loss sums, target counts, code counts); a job's
                 `View.describe` makes means of them.
-            scalars: numbers that are averaged over steps, such as norms. `finite` (0 or 1) and `bad_in_row` are kept
+            scalars: numbers that are averaged over steps, such as norms. `good` (0 or 1) and `bad_in_row` are kept
                 apart: see `Summary`.
             counters: numbers that are added up over the whole run, such as the positions of the batch.
         """
@@ -63,20 +63,26 @@ class StepMetrics:
 class Summary:
     """Metrics of several steps on the host, float64."""
 
-    sums: Any  # tree of sums over the finite steps; None if there was none
-    scalars: dict[str, float]  # means over the finite steps
+    last: int  # the last of these steps
+    sums: Any  # tree of sums over the good steps; None if there was none
+    scalars: dict[str, float]  # means over the good steps
     counters: dict[str, float]  # totals over all steps, skipped ones included: their data is used up
-    skipped: list[tuple[int, dict[str, float]]]  # (step, scalars) of every step that was not finite
-    bad_in_row: int  # largest value of the scalar `bad_in_row`
+    skipped: list[tuple[int, dict[str, float]]]  # (step, scalars) of every step that was not good
+    bad_in_row: int  # value of the scalar `bad_in_row` after the last step
 
 
-def summarize(steps: Sequence[int], metrics: Sequence[StepMetrics]) -> Summary:
-    """Fetches and adds up the metrics of `steps`; one whose scalar `finite` is 0 stays out of sums and means."""
+def summarize(steps: Sequence[int], metrics: Sequence[StepMetrics], patience: float = math.inf) -> Summary:
+    """Fetches and adds up the metrics of `steps`; one whose scalar `good` is 0 stays out of sums and means.
+
+    What follows the step at which `bad_in_row` reached `patience` has changed nothing, and is left out.
+    """
     fetched = [values_N.astype(np.float64) for values_N in jax.device_get([m.values_N for m in metrics])]
     trees = [m.unpack(values_N) for m, values_N in zip(metrics, fetched, strict=True)]
-    finite = [float(tree["scalars"].pop("finite", 1.0)) > 0 for tree in trees]
-    bad_in_row = max(int(tree["scalars"].pop("bad_in_row", 0)) for tree in trees)
-    good = [tree for tree, ok in zip(trees, finite, strict=True) if ok]
+    bad = [int(tree["scalars"].pop("bad_in_row", 0)) for tree in trees]
+    end = next((i for i, n in enumerate(bad, 1) if n >= patience), len(trees))
+    steps, trees = steps[:end], trees[:end]
+    counts = [float(tree["scalars"].pop("good", 1.0)) > 0 for tree in trees]
+    good = [tree for tree, ok in zip(trees, counts, strict=True) if ok]
 
     def numbers(tree: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {name: float(value) for name, value in tree.items()}
@@ -85,11 +91,12 @@ def summarize(steps: Sequence[int], metrics: Sequence[StepMetrics]) -> Summary:
         return jax.tree.map(lambda *x: np.sum(x, axis=0), *(tree[part] for tree in kept))
 
     return Summary(
+        last=steps[-1],
         sums=total(good, "sums") if good else None,
         scalars={n: v / len(good) for n, v in numbers(total(good, "scalars")).items()} if good else {},
         counters=numbers(total(trees, "counters")),
-        skipped=[(s, numbers(t["scalars"])) for s, t, ok in zip(steps, trees, finite, strict=True) if not ok],
-        bad_in_row=bad_in_row,
+        skipped=[(s, numbers(t["scalars"])) for s, t, ok in zip(steps, trees, counts, strict=True) if not ok],
+        bad_in_row=bad[end - 1],
     )
 
 

@@ -27,7 +27,7 @@ from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training import loop, tokenizer_loss
 from mimo_jax.training.checkpoint import CheckpointStore
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
-from mimo_jax.training.optimizer import apply_gradients, make_optimizer, schedule
+from mimo_jax.training.optimizer import apply_gradients, budget, make_optimizer, schedule
 from mimo_jax.training.state import TrainState
 
 GROUPS = ("audio_tokenizer", "text_decoder")
@@ -69,7 +69,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
     # Model and optimiser
     model = AudioTokenizer(cfg.model, cfg.compute)
     text_decoder = TextDecoder(cfg.a2t, cfg.model.encoder.d_model, cfg.compute)
-    optimizer = make_optimizer(cfg.optimizer, dict.fromkeys(GROUPS, cfg.learning_rate), run.steps)
+    optimizer = make_optimizer(cfg.optimizer, dict.fromkeys(GROUPS, cfg.learning_rate), *budget(cfg))
 
     init = functools.partial(tokenizer_loss.init_variables, cfg.model, cfg.a2t, cfg.compute)
 
@@ -100,7 +100,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches, stop)
 
     # Restore
-    store = CheckpointStore(folder, run.keep_checkpoints)
+    store = CheckpointStore(folder, run.keep_checkpoints, run.keep_every_tokens, run.keep_best)
     restored = loop.resume(store, abstract, placed, cfg, loader)
     if restored is not None:
         state, meta = restored
@@ -187,7 +187,7 @@ def kmeans_start(
 
 def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decoder: TextDecoder, optimizer: Any) -> Any:
     """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated."""
-    factor = schedule(cfg.optimizer, cfg.run.steps)
+    factor = schedule(cfg.optimizer, *budget(cfg))
     threshold = cfg.model.rvq.dead_code_threshold
 
     def step(state: TrainState, rows: TokenizerRows) -> tuple[TrainState, StepMetrics]:
@@ -198,10 +198,8 @@ def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decod
 
         (value, (sums, codebook)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates_made = state.step - state.skipped
-        bad = cfg.run.max_bad_steps
-        state, scalars = apply_gradients(
-            state, gradients, value, optimizer, cfg.optimizer, max_bad_steps=bad, codebook=codebook
-        )
+        limits = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
+        state, scalars = apply_gradients(state, gradients, value, optimizer, cfg.optimizer, codebook=codebook, **limits)
         scalars["learning_rate"] = cfg.learning_rate * factor(updates_made)
         # A code that was just replaced has this count to the last bit, others only by an unlikely chance.
         revived_R = jnp.stack([jnp.sum(level["count"] == threshold) for _, level in sorted(codebook.items())])

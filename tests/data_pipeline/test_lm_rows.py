@@ -179,6 +179,74 @@ def test_processes_share_the_batches_of_one(corpus: SimpleNamespace, count: int)
         open_loader(corpus, index=0, count=4)
 
 
+def changing(
+    corpus: SimpleNamespace, speech: tuple = ((6_000, 0.2),), text: tuple = ((9_000, 0.9),), **more: Any
+) -> Any:
+    """The job of the corpus with weights that change; a step has 4 rows of 256 positions."""
+    sources = corpus.cfg.data.sources
+    changed = {
+        "speech": dataclasses.replace(sources["speech"], changes=speech),
+        "text": dataclasses.replace(sources["text"], changes=text),
+        **more,
+    }
+    return with_data(corpus.cfg, sources=changed, rows=4, block_documents=10)
+
+
+def test_processes_and_restarts_make_no_difference_where_weights_change(corpus: SimpleNamespace) -> None:
+    cfg = changing(corpus)
+    whole = take(open_loader(corpus, cfg=cfg), 16)
+    for count in (1, 2, 4):
+        state: dict[str, Any] | None = None
+        for begin, end in ((0, 4), (4, 7), (7, 9), (9, 10), (10, 16)):
+            parts = [open_loader(corpus, index=i, count=count, cfg=cfg) for i in range(count)]
+            for part in parts:
+                if state is not None:
+                    part.restore(json.loads(json.dumps(state)))
+            for step in range(begin, end):
+                got = [next(p) for p in parts]
+                assert same(whole[step], LMRows(*(np.concatenate(column) for column in zip(*got, strict=True)))), step
+            states = [p.state() for p in parts]
+            assert all(s == states[0] for s in states)
+            state = states[0]
+            for part in parts:
+                part.close()
+        assert state is not None and len(state["phases"]) == 2
+    assert "phases" not in open_loader(corpus).state(), "as runs without changes always saved it"
+
+
+def test_only_changes_that_are_still_to_come_may_be_edited(corpus: SimpleNamespace) -> None:
+    cfg = changing(corpus)
+    loader = open_loader(corpus, cfg=cfg)
+    meta = {"config": json.loads(to_json(cfg)), "data_fingerprint": loader.fingerprint, "tokens": 7 * 1024}
+    more = dataclasses.replace(cfg.data.sources["text"], path=str(corpus.held), weight=0.0, changes=((9_000, 1.0),))
+    for allowed in (
+        cfg,
+        changing(corpus, text=()),
+        changing(corpus, text=((8_000, 0.1),)),
+        changing(corpus, more=more),
+    ):
+        check_same_run(meta, allowed, open_loader(corpus, cfg=allowed).fingerprint, "run")
+    early = dataclasses.replace(more, changes=((7_000.0, 1.0),))
+    for refused, message in (
+        (
+            changing(corpus, speech=((6_000, 0.3),)),
+            r"sources\.speech\.changes, .*7,168.*was \[\[6000.0, 0.2\]\] and is",
+        ),
+        (changing(corpus, speech=()), r"sources\.speech\.changes, .*was \[\[6000.0, 0.2\]\] and is \[\] now"),
+        (changing(corpus, text=((7_168.0, 0.9),)), r"sources\.text\.changes, .*is \[\[7168.0, 0.9\]\] now"),
+        (changing(corpus, more=early), r"sources\.more\.changes.*was None and is \[\[7000.0, 1.0\]\]"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            check_same_run(meta, refused, open_loader(corpus, cfg=refused).fingerprint, "run")
+    for _ in range(7):
+        next(loader)
+    edited = open_loader(corpus, cfg=changing(corpus, text=((8_000, 0.1),)))
+    edited.restore(loader.state())
+    assert same(next(edited), next(loader)), "nothing has changed yet"
+    edited.close()
+    loader.close()
+
+
 def test_validation_is_one_pass_in_an_order_that_never_changes(corpus: SimpleNamespace) -> None:
     loader = open_loader(corpus, "validation")
     first = list(loader)

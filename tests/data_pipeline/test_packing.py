@@ -13,7 +13,9 @@ from mimo_jax.data.plan import Documents, RowPlan
 from mimo_jax.data.records import DataError
 
 
-def source(name: str, count: int, weight: float = 1.0, low: int = 20, high: int = 200) -> SimpleNamespace:
+def source(
+    name: str, count: int, weight: float = 1.0, low: int = 20, high: int = 200, changes: tuple = ()
+) -> SimpleNamespace:
     lengths = np.random.default_rng(len(name)).integers(low, high, count)
 
     def documents(records: np.ndarray, keys: np.ndarray) -> Documents:
@@ -21,7 +23,12 @@ def source(name: str, count: int, weight: float = 1.0, low: int = 20, high: int 
         return Documents(np.arange(len(records)), zeros, zeros, np.stack([lengths[records], lengths[records] // 2], 1))
 
     return SimpleNamespace(
-        name=name, weight=weight, records=np.arange(count), mean_length=float(lengths.mean()), documents=documents
+        name=name,
+        weight=weight,
+        changes=changes,
+        records=np.arange(count),
+        mean_length=float(lengths.mean()),
+        documents=documents,
     )
 
 
@@ -123,6 +130,49 @@ def test_any_row_can_be_asked_for_and_a_hint_gives_the_same_rows() -> None:
     assert RowPlan([source("a", 300), source("bb", 200)], (512, 256), 50, seed=5).row(0) != rows[0]
 
 
+def test_weights_change_at_the_first_block_beyond_so_many_positions() -> None:
+    def make() -> RowPlan:
+        a = source("a", 500, 0.75, 20, 60, ((100_000, 0.25), (150_000.5, 0.0)))
+        return RowPlan([a, source("bb", 300, 0.25, 100, 300, ((100_000, 0.75),))], (512, 512), 64, seed=0)
+
+    plan = make()
+    rows = [plan.row(i) for i in range(700)]
+    block, first = plan.locate(699)
+    phases = plan.phases(block)
+    assert phases is not None and len(phases) == 2
+    for at, begin in zip((100_000, 150_000.5), phases, strict=True):
+        starts = [plan.locate(i)[1] for i in range(700) if plan.locate(i)[0] == begin]
+        assert starts[0] * 512 >= at > (plan.locate(starts[0] - 1)[1]) * 512, "the block before begins too early"
+    positions: list[np.ndarray] = [np.zeros(2) for _ in range(3)]
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    for number in range(block):
+        packed = plan.block(number)
+        for s in range(2):
+            here = packed.columns[:, 0] == s
+            seen[s] += sorted((packed.columns[here, 2] * 10_000 + packed.columns[here, 1]).tolist())
+            made = plan.sources[s].documents(packed.columns[here, 1], packed.keys[here])
+            positions[sum(number >= p for p in phases)][s] += made.lengths[:, 0].sum()
+    for found, wanted in zip(positions, ([0.75, 0.25], [0.25, 0.75], [0.0, 1.0]), strict=True):
+        np.testing.assert_allclose(found / found.sum(), wanted, atol=0.04)
+    assert all(len(set(s)) == len(s) for s in seen.values()), "no record twice in an epoch"
+    hinted = make()
+    hinted.start_from(block, first, phases)
+    assert [hinted.row(i) for i in range(690, 700)] == rows[690:]
+    assert hinted.row(0) == rows[0] and hinted.row(699) == rows[699]
+    with pytest.raises(DataError, match="first blocks of 2 changes of weights"):
+        make().start_from(block, first)
+
+
+def test_a_source_may_begin_later_and_does_not_move_the_others_before() -> None:
+    late = RowPlan([source("a", 300), source("bb", 50, 0.0, changes=((30_000, 1.0),))], (512, 256), 50, seed=4)
+    alone = RowPlan([source("a", 300)], (512, 256), 50, seed=4)
+    assert [late.row(i) for i in range(50)] == [alone.row(i) for i in range(50)]
+    assert late.phases(0) == [] and alone.phases(0) is None
+    assert {d.source for i in range(100, 120) for d in late.row(i)} == {0, 1}
+    with pytest.raises(DataError, match="positive weight from 30,000 tokens on"):
+        RowPlan([source("a", 300, changes=((30_000, 0.0),))], (512, 256), 50, seed=4)
+
+
 def test_one_pass_takes_every_record_exactly_once() -> None:
     plan = RowPlan([source("a", 101), source("bb", 7)], (512, 512), 16, seed=0, one_pass=True)
     documents = [(d.source, d.record) for i in range(plan.num_rows()) for d in plan.row(i)]
@@ -132,7 +182,7 @@ def test_one_pass_takes_every_record_exactly_once() -> None:
 
 
 def test_sources_without_records_or_weight_are_refused_by_name() -> None:
-    empty = SimpleNamespace(name="empty", weight=1.0, records=np.zeros(0, int), mean_length=1.0)
+    empty = SimpleNamespace(name="empty", weight=1.0, changes=(), records=np.zeros(0, int), mean_length=1.0)
     with pytest.raises(DataError, match="'empty'"):
         RowPlan([source("a", 5), empty], (512, 512), 16, seed=0)
     with pytest.raises(DataError, match="positive weight"):

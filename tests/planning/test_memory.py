@@ -45,6 +45,8 @@ def test_7b_full_fits_eight_h100_and_not_one_h200():
     replicated = plan.parts["parameters"] * 8 - 4 * 8_018_587_648  # norms and biases are whole on every device
     assert 0 <= replicated < 0.002 * 4 * 8_018_587_648
     assert plan.parts["optimiser"] == 2 * plan.parts["parameters"] and plan.fits
+    half = plan_memory(job("7b", "optimizer.moment_dtype=bfloat16"), "h100:8")
+    assert half.parts["optimiser"] == plan.parts["optimiser"] // 2 and half.checkpoint == 8 * plan.parameters
     alone = plan_memory(job("7b", "run.accumulation=256"), "h200:1")
     assert alone.parts["parameters"] == 4 * 8_018_587_648 and not alone.fits and "cut the model" in alone.advice
 

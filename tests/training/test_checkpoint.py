@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from training.toy import make_config
 
+from mimo_jax import cli
 from mimo_jax.config import LearningRates, MeshConfig, RunConfig
 from mimo_jax.sharding import make_mesh
 from mimo_jax.training import checkpoint
@@ -29,13 +30,13 @@ def values(step: int) -> dict:
     return {group: {"kernel": jnp.asarray(rng.standard_normal(s, np.float32))} for group, s in SHAPES.items()}
 
 
-def save(store: CheckpointStore, step: int, groups=("llm",), config=CONFIG) -> None:
+def save(store: CheckpointStore, step: int, groups=("llm",), config=CONFIG, loss=None) -> None:
     params = values(step)
     store.save(
         step,
         {"params": params, "codebook": {}},
         {"step": jnp.int32(step), "optimizer": {"mu": values(step + 100)}},
-        make_meta(step, config, {"step": step}, {"data": "d"}, list(groups), {"positions": 1.0 * step}),
+        make_meta(step, config, {"step": step}, {"data": "d"}, list(groups), {"positions": 1.0 * step}, None, loss),
     )
 
 
@@ -176,7 +177,9 @@ def test_step_without_marker_is_ignored_and_cleaned_away(saved):
     (saved / "checkpoints" / "3" / "commit.json").unlink()
     shutil.copytree(saved / "checkpoints" / "2" / "meta", saved / "checkpoints" / "4.orbax-checkpoint-tmp" / "meta")
     assert load_params(saved)[2]["step"] == 2
-    store = CheckpointStore(saved)
+    with pytest.warns(UserWarning, match="unfinished checkpoint removed") as warned:
+        store = CheckpointStore(saved)
+    assert {str(w.message).split("/")[-1] for w in warned} == {"3", "4.orbax-checkpoint-tmp"}
     assert store.find().name == "2"
     store.close()
     assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
@@ -188,6 +191,67 @@ def test_keeps_the_newest_only(tmp_path):
         save(store, step)
     store.close()
     assert steps(tmp_path) == [15, 20]
+
+
+def test_keeps_the_first_beyond_each_multiple_of_tokens_and_the_best_also_after_a_restart(tmp_path):
+    """A step has 8 rows x 16 positions; steps 9 and 15 are the first saved at 850 and 1,700 of them or more."""
+    losses = {6: 2.0, 9: 4.0, 12: 1.0, 15: None, 18: 3.0}
+    for step, loss in losses.items():  # every save is by a process of its own
+        store = CheckpointStore(tmp_path, 1, keep_every_tokens=850, keep_best=2)
+        save(store, step, loss=loss)
+        store.close()
+    assert steps(tmp_path) == [6, 9, 12, 15, 18]
+    store = CheckpointStore(tmp_path, 1, keep_every_tokens=850, keep_best=2)
+    save(store, 19, loss=1.5)
+    store.close()
+    assert steps(tmp_path) == [9, 12, 15, 19], "6 and 18 are neither new, nor the first of a multiple, nor good"
+    reasons = checkpoint.reasons_to_keep(checkpoint.read_metas(tmp_path / "checkpoints"), 1, 850, 2)
+    every = ["every 850 tokens"]
+    assert reasons == {9: every, 12: ["best 1"], 15: every, 19: ["newest", "best 2"]}
+
+
+def test_inspect_lists_the_steps_their_states_and_why_they_are_kept(saved, capsys):
+    (saved / "checkpoints" / "1" / "commit.json").unlink()
+    flip_a_byte(largest_file(saved / "checkpoints" / "3" / "optimizer"))
+    assert cli.main(["checkpoint", "inspect", str(saved)]) == 0
+    _, head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["step", "state", "size", "tokens", "validation", "loss", "kept", "as"]
+    assert [row.split()[:2] for row in rows] == [["1", "incomplete"], ["2", "complete"], ["3", "complete"]]
+    assert [row.split()[-1] for row in rows] == ["-", "3", "newest"] and " 256 " in rows[1]
+    assert cli.main(["checkpoint", "inspect", str(saved), "--verify"]) == 1
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert "intact" in rows[1] and "damaged (optimizer/" in rows[2] and "SHA-256 differs" in rows[2]
+    with pytest.warns(UserWarning, match="passed over"):
+        CheckpointStore(saved).find()
+    assert cli.main(["checkpoint", "inspect", str(saved), "--verify"]) == 0, "what is set aside is no news"
+    assert "damaged, set aside" in capsys.readouterr().out
+
+
+def test_inspect_says_what_is_in_a_step(saved, capsys):
+    assert cli.main(["checkpoint", "inspect", str(saved), "--step", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["job"], found["step"], found["tokens"]) == ("language_model", 2, 256)
+    assert found["counters"] == {"positions": 2.0}
+    assert found["data_state"] == {"step": 2} and found["data_fingerprint"] == {"data": "d"}
+    assert found["groups"]["patch_encoder"] == {"arrays": 1, "parameters": 32, "dtype": "float32", "bytes": 128}
+    assert cli.main(["checkpoint", "inspect", str(saved / "checkpoints" / "2")]) == 0
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    assert ["patch_encoder", "1", "32", "float32", "0.0", "MB"] in lines and ["trained", "groups", "llm"] in lines
+
+
+def test_inspect_names_what_is_missing_in_one_line(saved, tmp_path, capsys):
+    (saved / "checkpoints" / "2" / "meta" / "metadata").unlink()
+    (saved / "empty").mkdir()
+    for arguments, message in (
+        (["--step", "7"], "no checkpoint of step 7; there are [1, 2, 3]"),
+        (["--step", "2"], "expected the JSON of a checkpoint"),
+        (["empty"], "expected the folder of a run with checkpoints under"),
+    ):
+        path = saved / arguments.pop() if arguments == ["empty"] else saved
+        assert cli.main(["checkpoint", "inspect", str(path), *arguments]) == 2
+        errors = capsys.readouterr().err
+        assert message in errors and errors.count("\n") == 1
 
 
 def test_empty_folder_has_no_checkpoint(tmp_path):
@@ -242,8 +306,9 @@ META = make_meta(5, CONFIG, {}, {"tokenizer": "abc", "sources": {"speech": "123"
 
 def test_run_goes_on_with_other_length_rhythm_mesh_and_file_places():
     run = dataclasses.replace(
-        CONFIG.run, steps=99, log_every=7, checkpoint_every=11, keep_checkpoints=1, data_threads=9
+        CONFIG.run, steps=99, log_every=7, checkpoint_every=11, keep_checkpoints=1, data_threads=9, keep_best=2
     )
+    run = dataclasses.replace(run, keep_every_tokens=5, rollback_after=2, max_rollbacks=9, grace_seconds=9.0)
     data = dataclasses.replace(CONFIG.data, text_tokenizer="/elsewhere/text.model")
     compute = dataclasses.replace(CONFIG.compute, remat="full", attention="dense")
     mesh = MeshConfig(data=1, fsdp=4)

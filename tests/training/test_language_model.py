@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -75,7 +79,39 @@ def test_start_from_another_shape_is_refused_by_name(config, text_run, tmp_path)
         jobs.train(dataclasses.replace(config, model=model, init_from=str(text_run)), tmp_path)
 
 
-def test_training_lowers_the_validation_loss_and_reports_channels_and_tasks(joint_run):
+COUNT = """
+import sys, jax, numpy as np
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from mimo_jax.config import MeshConfig
+from mimo_jax.rows import LMRows
+from mimo_jax.sharding import batch_sharding, make_mesh
+from mimo_jax.training import loop
+from mimo_jax.training.language_model import count_rows
+rng = np.random.default_rng(0)
+segments, patches = rng.integers(0, 2, (8, 64)), rng.integers(0, 65, (8, 32))
+rows = LMRows(segments, patches, patches, segments, segments, segments, segments, patches)
+mesh = make_mesh(MeshConfig())
+half = slice(4 * int(sys.argv[2]), 4 * int(sys.argv[2]) + 4)
+with jax.set_mesh(mesh):
+    counted = jax.jit(lambda rows: count_rows(rows, 4))(
+        loop.to_devices(LMRows(*(x[half] for x in rows)), batch_sharding(mesh))
+    )
+print(float(counted["positions"]) - (segments > 0).sum(), float(counted["patches"]) - (patches < 64).sum())
+"""
+
+
+def test_tokens_are_counted_over_all_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    commands = [[sys.executable, "-c", COUNT, str(port), str(i)] for i in range(2)]
+    processes = [subprocess.Popen(c, env=environment, stdout=-1, stderr=-1, text=True) for c in commands]
+    done = [process.communicate(timeout=120) for process in processes]
+    assert [out.splitlines()[-1] for out, _ in done] == ["0.0 0.0"] * 2, done
+
+
+def test_training_lowers_the_validation_loss_and_reports_channels_and_tasks(config, joint_run):
     lines = metrics.read(joint_run / "metrics.jsonl")
     validation = [line for line in lines if line["split"] == "validation"]
     assert [line["step"] for line in validation] == [0, 3, 6]
@@ -87,6 +123,12 @@ def test_training_lowers_the_validation_loss_and_reports_channels_and_tasks(join
         assert train[f"gradient_norm/{group}"] > 0 and train[f"update_norm/{group}"] > 0
         assert train[f"learning_rate/{group}"] > 0
     assert train["total/positions"] == train["total/patches"] + train["total/text_tokens"]
+    assert train["tokens"] == validation[-1]["tokens"] == 6 * 4 * 128
+    loader = lm_loader(config, "train")
+    rows = [next(loader) for _ in range(6)]
+    loader.close()
+    assert train["total/positions"] == sum(int((r.segment_ids_BL > 0).sum()) for r in rows)
+    assert train["total/patches"] == sum(int((r.patch_positions_BC < 128).sum()) for r in rows)
     assert train["total/audio_hours"] == pytest.approx(train["total/patches"] * 4 / 25 / 3600, rel=1e-5)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -109,6 +111,35 @@ def test_signal_breaks_a_validation_off_and_saves_that_step(whole, tmp_path, mon
     assert toy.digest(toy.train(tmp_path, toy.make_config(12), toy.ToyLoader())) == whole[1]
 
 
+@pytest.mark.parametrize(
+    ("damage", "item", "message"),
+    [
+        ("flip", "variables", r"checkpoint passed over: .*/9/{file}: damaged: size or SHA-256 differs"),
+        ("delete", "optimizer", r"checkpoint passed over: .*/9/{file}: missing"),
+        ("half", "variables", r"unfinished checkpoint removed: .*/9$"),
+    ],
+    ids=["flip", "delete", "half"],
+)
+def test_a_broken_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(whole, tmp_path, damage, item, message):
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, toy.make_config(12), toy.ToyLoader(signals={9: signal.SIGTERM}))
+    newest = tmp_path / "checkpoints" / "9"
+    file = max((p for p in (newest / item).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    if damage == "half":  # as a process leaves it that is killed while it writes
+        (newest / "commit.json").unlink()
+    loader = toy.ToyLoader()
+    with pytest.warns(UserWarning, match=message.format(file=file.relative_to(newest))):
+        state = toy.train(tmp_path, toy.make_config(12), loader)
+    assert loader.seen == [9, 10, 11, 12] and toy.digest(state) == whole[1]
+    assert (tmp_path / "checkpoints" / "9.damaged").is_dir() == (damage != "half")
+
+
 PROGRAM = """
 import json, pathlib, sys, time
 from training import toy
@@ -150,7 +181,6 @@ def test_a_run_that_is_stuck_ends_itself_and_its_checkpoint_is_intact(tmp_path, 
 
 def test_run_can_be_made_longer(whole, tmp_path):
     """With a constant schedule, 6 + 6 steps are 12 steps."""
-    import dataclasses
 
     def constant(steps: int):
         config = toy.make_config(steps)
@@ -178,7 +208,7 @@ def test_non_finite_batch_is_skipped_recorded_and_its_data_is_not_used_again(tmp
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(tmp_path):
     config = toy.make_config(20, max_bad_steps=3)
-    with pytest.raises(loop.TrainingError, match=r"not finite in 3 steps in a row.*max_bad_steps = 3"):
+    with pytest.raises(loop.TrainingError, match=r"not finite, or a spike, in 3 steps in a row.*max_bad_steps = 3"):
         toy.train(tmp_path, config, toy.ToyLoader(poison=[6, 7, 8]))
     assert checkpoint.good_steps(tmp_path / "checkpoints") == [4], "no checkpoint of the broken state"
     assert [line["step"] for line in lines(tmp_path, "skipped")] == [6, 7, 8]
@@ -189,9 +219,106 @@ def test_bad_steps_that_are_not_in_a_row_do_not_end_the_run(tmp_path):
     assert int(state.skipped) == 3
 
 
-def test_run_with_other_settings_or_in_use_is_refused(whole):
-    import dataclasses
+def spiky(steps: int = 20, **run: int):
+    """A job that skips spikes, once it has seen six good steps, and rounds its moments at random."""
+    config = toy.make_config(steps, **{"keep_checkpoints": 20, "max_rollbacks": 2, **run})
+    rounded = dict(moment_dtype="bfloat16", stochastic_rounding=True)
+    optimizer = dataclasses.replace(config.optimizer, spike_sigmas=20.0, spike_window=6, **rounded)
+    return dataclasses.replace(config, optimizer=optimizer)
 
+
+def test_a_spike_leaves_every_bit_as_it_was_and_is_recorded(tmp_path, capsys):
+    state = toy.train(tmp_path, spiky(12, checkpoint_every=1), toy.ToyLoader(spikes=[2, 9]))
+    assert int(state.skipped) == 1, "nothing is a spike before the window is full"
+    (line,) = lines(tmp_path, "skipped")
+    assert line["step"] == 9 and line["loss"] > 1e5 and line["rows_left_out"] == 8
+    assert "step 9/12  SKIPPED: loss " in capsys.readouterr().out
+    before, at, after = (checkpoint.load_params(tmp_path, step)[1] for step in (8, 9, 10))
+    jax.tree.map(np.testing.assert_array_equal, before, at)
+    assert not np.array_equal(at["params"]["llm"]["kernel"], after["params"]["llm"]["kernel"])
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory):
+    """A run of 20 steps whose batches 9, 10 and 11 are spikes: folder, state, steps whose batch was asked for."""
+    workdir, loader = tmp_path_factory.mktemp("rolled"), toy.ToyLoader(spikes=[9, 10, 11])
+    state = toy.train(workdir, spiky(rollback_after=2), loader)
+    return workdir, state, loader.seen
+
+
+def test_after_skipped_steps_in_a_row_the_run_goes_back_and_on_with_the_rows_after_them(rolled_back):
+    workdir, state, seen = rolled_back
+    (line,) = lines(workdir, "rollback")
+    assert (line["step"], line["to_step"], line["rows_left_out"]) == (10, 8, 16) and line["loss"] > 1e5
+    assert [line["step"] for line in lines(workdir, "skipped")] == [9, 10, 11]
+    first = seen.index(11)
+    assert seen == [*range(1, first + 2), *range(11, 21)], "some are read ahead, and read again"
+    train = lines(workdir, "train")[-1]
+    assert train["total/rows"] == 160 and train["total/rollbacks"] == 1 and train["total/skipped_steps"] == 3
+    assert (int(state.step), int(state.skipped)) == (20, 3)
+    assert lines(workdir, "validation")[-1]["loss"] < lines(workdir, "validation")[0]["loss"]
+
+
+def test_rhythm_of_reports_does_not_matter_to_a_rollback(rolled_back, tmp_path):
+    other = toy.train(tmp_path, spiky(rollback_after=2, log_every=7), toy.ToyLoader(spikes=[9, 10, 11]))
+    assert toy.digest(other) == toy.digest(rolled_back[1])
+
+
+SPIKY = """
+import pathlib, signal, sys
+import jax
+if len(sys.argv) > 3:
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[4]}", 2, int(sys.argv[3]))
+from training import test_loop, toy
+loader = toy.ToyLoader(spikes=[9, 10, 11], signals={int(sys.argv[2]): signal.SIGKILL})
+toy.train(pathlib.Path(sys.argv[1]), test_loop.spiky(rollback_after=2), loader)
+"""
+
+
+@pytest.mark.parametrize("kill_at", [12, 15])
+def test_killed_after_a_rollback_the_run_ends_with_the_same_bits_and_lines(rolled_back, tmp_path, kill_at):
+    """Step 12 comes before the next checkpoint: the spikes and the rollback come again."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
+    killed = subprocess.run([sys.executable, "-c", SPIKY, str(tmp_path), str(kill_at)], env=environment, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    state = toy.train(tmp_path, spiky(rollback_after=2), toy.ToyLoader(spikes=[9, 10, 11]))
+    assert toy.digest(state) == toy.digest(rolled_back[1])
+    for split in ("validation", "skipped", "rollback", "train"):
+        assert lines(tmp_path, split) == lines(rolled_back[0], split)
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_like_one(rolled_back, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
+    environment = {**os.environ, "PYTHONPATH": paths, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", SPIKY, str(tmp_path), "0"]
+    processes = [subprocess.Popen([*command, str(i), str(port)], env=environment) for i in range(2)]
+    assert [process.wait(timeout=180) for process in processes] == [0, 0]
+    for split in ("skipped", "rollback", "validation"):
+        one, two = lines(rolled_back[0], split), lines(tmp_path, split)
+        assert [line["step"] for line in one] == [line["step"] for line in two]
+        assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
+
+
+def test_rollbacks_end_where_they_do_not_help_or_have_no_checkpoint(tmp_path):
+    spikes = [9, 10, 13, 14, 17, 18]
+    with pytest.raises(loop.TrainingError, match=r"step 18: 2 steps in a row .* 2 rollbacks were not enough"):
+        toy.train(tmp_path / "many", spiky(rollback_after=2), toy.ToyLoader(spikes=spikes))
+    assert [line["to_step"] for line in lines(tmp_path / "many", "rollback")] == [8, 12]
+    with pytest.raises(loop.TrainingError, match="step 2: 2 steps in a row .* no checkpoint to go back to"):
+        toy.train(tmp_path / "early", spiky(rollback_after=2), toy.ToyLoader(poison=[1, 2]))
+
+
+def test_a_checkpoint_among_bad_steps_is_not_what_a_rollback_goes_back_to(tmp_path):
+    toy.train(tmp_path, spiky(16, rollback_after=3), toy.ToyLoader(poison=[11, 12, 13]))
+    (line,) = lines(tmp_path, "rollback")
+    assert (line["step"], line["to_step"]) == (13, 8), "step 12 was saved after two bad ones"
+
+
+def test_run_with_other_settings_or_in_use_is_refused(whole):
     other = dataclasses.replace(toy.make_config(12), run=dataclasses.replace(toy.make_config(12).run, seed=1))
     with pytest.raises(checkpoint.CheckpointError, match=r"run\.seed was 0 and is 1"):
         toy.train(whole[0], other, toy.ToyLoader())

@@ -13,9 +13,9 @@ from mimo_jax.training import metrics
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics, summarize
 
 
-def one(total: float, count: float, finite: bool = True, bad: int = 0, rows: float = 4.0) -> StepMetrics:
+def one(total: float, count: float, good: bool = True, bad: int = 0, rows: float = 4.0) -> StepMetrics:
     sums = {"loss": jnp.float32(total), "count": jnp.float32(count), "codes": jnp.array([1.0, count])}
-    return StepMetrics.make(sums, {"norm": total, "finite": finite, "bad_in_row": bad}, {"rows": rows})
+    return StepMetrics.make(sums, {"norm": total, "good": good, "bad_in_row": bad}, {"rows": rows})
 
 
 def test_sums_and_counters_add_up_and_scalars_average():
@@ -27,15 +27,18 @@ def test_sums_and_counters_add_up_and_scalars_average():
 
 
 def test_skipped_steps_are_listed_and_stay_out_of_means_but_their_data_counts():
-    steps = [one(2.0, 1.0), one(np.nan, 1.0, finite=False, bad=1), one(np.inf, 1.0, finite=False, bad=2), one(4.0, 1.0)]
+    steps = [one(2.0, 1.0), one(np.nan, 1.0, good=False, bad=1), one(np.inf, 1.0, good=False, bad=2), one(4.0, 1.0)]
     summary = summarize([5, 6, 7, 8], steps)
     assert summary.sums["loss"] == 6.0 and summary.scalars == {"norm": 3.0}
     assert summary.counters == {"rows": 16.0}
-    assert [step for step, _ in summary.skipped] == [6, 7] and summary.bad_in_row == 2
+    assert [step for step, _ in summary.skipped] == [6, 7] and (summary.last, summary.bad_in_row) == (8, 0)
+    frozen = summarize([5, 6, 7, 8], steps, patience=2)
+    assert (frozen.last, frozen.bad_in_row) == (7, 2), "after two bad steps nothing was changed any more"
+    assert frozen.counters == {"rows": 12.0} and frozen.sums["loss"] == 2.0
 
 
 def test_interval_without_any_finite_step_has_no_sums():
-    assert summarize([1], [one(np.nan, 1.0, finite=False, bad=1)]).sums is None
+    assert summarize([1], [one(np.nan, 1.0, good=False, bad=1)]).sums is None
 
 
 def test_metrics_come_out_of_a_jitted_step_as_they_went_in():

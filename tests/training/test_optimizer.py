@@ -13,7 +13,15 @@ from mimo_jax import presets
 from mimo_jax.config import ConfigError, OptimizerConfig
 from mimo_jax.models.audio_lm import init_params
 from mimo_jax.training import tokenizer_loss
-from mimo_jax.training.optimizer import apply_gradients, decays, make_optimizer, norms, schedule, trained
+from mimo_jax.training.optimizer import (
+    apply_gradients,
+    decays,
+    make_optimizer,
+    norms,
+    round_at_random,
+    schedule,
+    trained,
+)
 from mimo_jax.training.state import TrainState
 
 CONFIG = OptimizerConfig(warmup_fraction=0.0, schedule="constant", clip_norm=1e9)
@@ -58,6 +66,18 @@ def test_schedule_warms_up_then_decays_to_the_final_fraction_at_the_last_step():
 def test_constant_schedule_stays_at_the_peak():
     factor = schedule(OptimizerConfig(warmup_fraction=0.02, schedule="constant"), 100)
     np.testing.assert_allclose([float(factor(i)) for i in (0, 1, 2, 99, 500)], [0.5, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("shape", ["constant", "cosine"])
+def test_schedule_in_tokens_does_not_depend_on_the_batch(shape):
+    config = OptimizerConfig(warmup_tokens=2000, final_fraction=0.2, schedule=shape)
+    small, large = (schedule(config, -(-50_000 // batch), batch, 50_000) for batch in (100, 400))
+    ends = [float(small(4 * i + 3)) for i in range(125)]
+    np.testing.assert_allclose([float(large(i)) for i in range(125)], ends, rtol=1e-6)
+    assert ends[0] == pytest.approx(400 / 2000) and ends[4] == pytest.approx(1.0)
+    assert ends[-1] == pytest.approx(0.2 if shape == "cosine" else 1.0)
+    share = schedule(OptimizerConfig(warmup_fraction=0.04, final_fraction=0.2, schedule=shape), 125, 400, 50_000)
+    np.testing.assert_allclose([float(share(i)) for i in range(125)], ends, rtol=1e-6)
 
 
 def test_frozen_group_keeps_its_bits_and_has_no_moments():
@@ -119,7 +139,7 @@ def test_non_finite_step_changes_nothing_but_the_counters(where):
     after, scalars = apply(state, optimizer, gradients, loss, codebook=codebook)
     assert_same((after.params, after.optimizer, after.codebook), (state.params, state.optimizer, state.codebook))
     assert (int(after.step), int(after.skipped), int(after.bad_in_row)) == (2, 1, 1)
-    assert not scalars["finite"]
+    assert not scalars["good"]
     good, _ = apply(after, optimizer, trained(make_params(2), RATES), codebook={"level_00": {"count": jnp.zeros(3)}})
     assert (int(good.step), int(good.skipped), int(good.bad_in_row)) == (3, 1, 0)
     assert float(good.codebook["level_00"]["count"][0]) == 0.0
@@ -134,6 +154,57 @@ def test_after_the_limit_of_bad_steps_nothing_is_updated_any_more():
     assert int(after.bad_in_row) == 4 and int(scalars["bad_in_row"]) == 4, (
         "the host must find out even if it looks late"
     )
+
+
+def test_rounding_at_random_gives_the_neighbours_and_on_average_the_number():
+    x = jnp.float32([1.0, 1.001, -1.0009765625, 3.14159, -2.7e-12, 6.1e30, 0.0, jnp.inf, jnp.nan])
+    words = jax.random.bits(jax.random.key(0), (4096, 2), jnp.uint32)
+    drawn = np.asarray(jax.vmap(lambda words: round_at_random(x, words))(words).astype(jnp.float32), np.float64)
+    assert np.isposinf(drawn[:, 7]).all() and np.isnan(drawn[:, 8]).all()
+    drawn, exact = drawn[:, :7], np.asarray(x[:7], np.float64)
+    step = np.abs(exact) * 2.0**-7  # at least the distance of the two neighbours
+    assert all(len(np.unique(column)) <= 2 for column in drawn.T) and (drawn[:, 0] == 1.0).all()
+    assert (np.abs(drawn - exact) <= step).all()
+    np.testing.assert_array_less(np.abs(drawn.mean(0) - exact), 4 * step / np.sqrt(4096) + 1e-45)
+
+
+def descend(config: OptimizerConfig, dtype=jnp.float32, steps: int = 300) -> float:
+    """Loss after so many steps of a small regression."""
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((64, 16), (64, 4)))
+    rates = dict.fromkeys(RATES, 1e-3)
+    optimizer = make_optimizer(config, rates, steps)
+    shapes = {"llm": (16, 32), "patch_encoder": (32, 32), "patch_decoder": (32, 4)}
+    params = {g: {"kernel": jnp.asarray(rng.standard_normal(s) / np.sqrt(s[0]), dtype)} for g, s in shapes.items()}
+
+    def loss(params):
+        a, b, c = (params[g]["kernel"].astype(jnp.float32) for g in shapes)
+        return jnp.mean((jnp.tanh(jnp.tanh(x @ a) @ b) @ c - y) ** 2)
+
+    @jax.jit
+    def step(state, _):
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        return apply_gradients(state, gradients, value, optimizer, config, max_bad_steps=3, seed=5)[0], value
+
+    state, losses = jax.lax.scan(step, TrainState.start(params, optimizer.init(params)), None, steps)
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(state.optimizer) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert dtypes == {config.moment_dtype} and jax.tree.leaves(state.params)[0].dtype == dtype
+    return float(losses[-1])
+
+
+def test_bfloat16_moments_track_the_run_in_float32():
+    """Loss after 300 steps: 3.12e-4 in float32; moments rounded at random 3.14e-4, to the nearest 3.29e-4."""
+    exact = descend(CONFIG)
+    half = dataclasses.replace(CONFIG, moment_dtype="bfloat16")
+    nearest, drawn = descend(half), descend(dataclasses.replace(half, stochastic_rounding=True))
+    assert drawn == pytest.approx(exact, rel=0.05) and nearest == pytest.approx(exact, rel=0.15)
+
+
+def test_small_updates_of_bfloat16_parameters_survive_only_with_random_rounding():
+    """Loss after 300 steps: rounded at random 1.6e-3, to the nearest 1.9e-2 (float32: 3.1e-4)."""
+    nearest = descend(CONFIG, jnp.bfloat16)
+    drawn = descend(dataclasses.replace(CONFIG, stochastic_rounding=True), jnp.bfloat16)
+    assert drawn < nearest / 4
 
 
 def test_weight_decay_reaches_matrices_only_in_the_language_model():

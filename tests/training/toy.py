@@ -25,7 +25,7 @@ from mimo_jax.sharding import batch_sharding, make_mesh
 from mimo_jax.training import loop
 from mimo_jax.training.checkpoint import CheckpointStore
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
-from mimo_jax.training.optimizer import apply_gradients, make_optimizer, trained
+from mimo_jax.training.optimizer import apply_gradients, budget, make_optimizer, trained
 from mimo_jax.training.state import TrainState
 
 RATES = {"llm": 1e-2, "patch_encoder": 3e-3, "patch_decoder": 0.0}
@@ -48,13 +48,16 @@ class ToyLoader:
 
     Args:
         poison: steps whose batch is not finite.
+        spikes: steps whose batch is a thousand times too large.
         signals: step -> signal that the process sends to itself when this step's batch is asked for.
     """
 
     fingerprint: ClassVar = {"toy": "1"}
 
-    def __init__(self, poison: Sequence[int] = (), signals: Mapping[int, int] | None = None) -> None:
-        self.position, self.poison, self.signals = 0, poison, signals or {}
+    def __init__(
+        self, poison: Sequence[int] = (), signals: Mapping[int, int] | None = None, spikes: Sequence[int] = ()
+    ) -> None:
+        self.position, self.poison, self.signals, self.spikes = 0, poison, signals or {}, spikes
         self.seen: list[int] = []
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -65,11 +68,16 @@ class ToyLoader:
         x = np.random.default_rng(step).standard_normal((8, 16), np.float32)
         if step in self.poison:
             x[3, 5] = np.nan
+        if step in self.spikes:
+            x *= 1e3
         self.position = step
         local = slice(
             jax.process_index() * 8 // jax.process_count(), (jax.process_index() + 1) * 8 // jax.process_count()
         )
         return {"x": x[local], "y": np.roll(x, 1, axis=1)[local]}
+
+    def seek(self, step: int) -> None:
+        self.position = step
 
     def state(self) -> dict[str, int]:
         return {"position": self.position}
@@ -105,7 +113,7 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
     run = config.run
     with loop.working_directory(workdir) as folder:
         mesh = make_mesh(config.mesh)
-        optimizer = make_optimizer(config.optimizer, RATES, run.steps)
+        optimizer = make_optimizer(config.optimizer, RATES, *budget(config))
 
         def start(key: jax.Array) -> TrainState:
             params = init(key)
@@ -123,7 +131,7 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
             rows = {"x": rows["x"] + 0.1 * noise, "y": rows["y"]}
             value, gradients = jax.value_and_grad(lambda p: loss({**fixed, **p}, rows))(active)
             state, scalars = apply_gradients(
-                state, gradients, value, optimizer, config.optimizer, max_bad_steps=run.max_bad_steps
+                state, gradients, value, optimizer, config.optimizer, max_bad_steps=run.patience, seed=run.seed
             )
             return state, StepMetrics.make(sums(value), scalars, {"rows": rows["x"].shape[0]})
 
@@ -142,7 +150,7 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
         def put(rows: dict) -> dict:
             return loop.to_devices(rows, batch_sharding(mesh))
 
-        store = CheckpointStore(folder, run.keep_checkpoints)
+        store = CheckpointStore(folder, run.keep_checkpoints, run.keep_every_tokens, run.keep_best)
         restored = loop.resume(store, abstract, placed, config, loader)
         if restored is None:
             state, counters = jax.jit(start, out_shardings=placed)(key), {}
