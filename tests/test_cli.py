@@ -59,7 +59,8 @@ def all_verbs():
 def test_every_verb_has_a_help_page(capsys):
     names = {" ".join(v) for v in all_verbs()}
     assert names == {
-        "train", *(f"launch {s}" for s in ("local", "slurm", "gke", "xpk")), "checkpoint inspect", "config show", "plan",
+        "train", *(f"launch {s}" for s in ("local", "slurm", "gke", "xpk")), "checkpoint inspect", "config show",
+        "plan",
         "data ingest", "data ingest-text", "data index", "data show",
         "codec encode", "text-tokenizer train", *(f"generate {task}" for task in TASKS), "codec decode", "convert",
         "parity", "quickstart", "prepare debian",
