@@ -7,9 +7,17 @@
 
 `7b` as published: 2048 rows x 8192 positions, 5 T positions (2.6 T text, 2.4 T audio, about 107 million hours),
 learning rates 2e-4 / 3e-5 / 2e-4 (patch encoder / LLM / patch decoder), cosine after 1 % warm-up, loss
-weights 100-12-8-6-4-2-2-1-1. Planned (compiled, not run; docs/planning.md), GiB per chip and seconds per step:
-v5p:8x8x4 13.3, 19.2; v5e:16x16 13.0, 48.9; v6e:16x16 13.0, 14.2; two of v5e:16x16 (run.accumulation=4) 12.9, 24.4.
-The smaller sizes are trained from scratch here and have their own rates.
+weights 100-12-8-6-4-2-2-1-1. The smaller sizes are trained from scratch here and have their own rates.
+
+Plans (`mimo-jax plan`, docs/planning.md), memory of a device and time of a step; nothing was run there:
+
+    7b v5p:8x8x4: 13.3 GiB compiled, 19.2 s
+    7b v5e:16x16: 13.0 GiB compiled, 48.9 s
+    7b v6e:16x16: 13.0 GiB compiled, 14.2 s
+    7b v5e:16x16 slices=2 run.accumulation=4: 12.8 GiB compiled, 24.4 s
+    1b v5e:8x8: 8.5 GiB compiled, 9.4 s
+    1b v5p:4x4x4: 8.7 GiB by arithmetic, 3.5 s
+    1b v6e:8x8: 8.7 GiB by arithmetic, 3.2 s
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +44,7 @@ def get_config(size: str | None = None) -> ConfigDict:
         "1b": (512, 8192, 6144, 100_000, LearningRates(llm=2e-4, patch_encoder=4e-4, patch_decoder=4e-4)),
         "7b": (2048, 8192, 6144, 298_023, LearningRates(llm=3e-5, patch_encoder=2e-4, patch_decoder=2e-4)),
     }[size]
-    accumulation = 8 if size == "7b" else 1  # one row per device at a time on 256 devices
+    accumulation = {"1b": 4, "7b": 8}.get(size, 1)  # two rows per device at a time on 64 devices, one on 256
     every = {"tiny": 130}.get(size, 1000)
     speech = LayoutWeights(continuation=0.3, interleaved=0.2, asr=0.15, tts=0.2, caption=0.05, instruct_tts=0.1)
     text_share = 2.6 / 5.0  # of the positions, as published
@@ -62,7 +70,7 @@ def get_config(size: str | None = None) -> ConfigDict:
             loss=LMLossConfig(empty_weight=0.1) if size == "tiny" else LMLossConfig(),
             learning_rates=rates,
             compute=presets.compute(size),
-            mesh=MeshConfig() if size in ("tiny", "100m") else MeshConfig(data=-1, fsdp=32),
+            mesh={"1b": MeshConfig(data=-1, fsdp=8), "7b": MeshConfig(data=-1, fsdp=32)}.get(size, MeshConfig()),
             init_from="runs/understanding",
         )
     )

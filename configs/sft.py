@@ -16,8 +16,14 @@ saved, and the base may be bfloat16; rates ten times higher are a good start:
     --config.lora.rank=64 --config.lora.tables=true --config.compute.param_dtype=bfloat16 \
         --config.learning_rates.llm=1e-4
 
-Predicted memory of `7b`, one row per device at a time (`mimo-jax plan`): 39 GiB on 8 H100, with LoRA 28; on one H200
-LoRA 60, while all parts need 170 and do not fit. `7b` has not been run here; see docs/training.md.
+Plans (`mimo-jax plan`, docs/planning.md), memory of a device and time of a step; nothing was run there (adapters: see
+docs/training.md):
+
+    7b h100:8: 28.2 GiB by arithmetic, 63.5 s
+    7b v5p:2x2x2: 28.2 GiB by arithmetic, 76.9 s
+    7b h100:8 lora.rank=64 lora.tables=true compute.param_dtype=bfloat16: 16.5 GiB by arithmetic, 53.1 s
+    1b h100:8: 5.9 GiB by arithmetic, 5.9 s
+    1b v5e:2x4: 5.9 GiB by arithmetic, 19.0 s
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,12 @@
         --config.data.validation.text.path=data/shards/text-validation
 
 The published system starts from MiMo-7B-Base; this config trains such a start. Budgets and learning rates are ours.
+
+Plans (`mimo-jax plan`, docs/planning.md), memory of a device and time of a step; nothing was run there:
+
+    7b v5p:8x8x4: 11.5 GiB by arithmetic, 13.3 s
+    7b v5e:16x16: 11.5 GiB by arithmetic, 32.9 s
+    1b v5e:8x8: 6.7 GiB by arithmetic, 5.0 s
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +37,7 @@ def get_config(size: str | None = None) -> ConfigDict:
         "1b": (512, 8192, 50_000, 4e-4),
         "7b": (2048, 8192, 500_000, 1.5e-4),
     }[size]
-    accumulation = 8 if size == "7b" else 1  # one row per device at a time on 256 devices
+    accumulation = {"1b": 4, "7b": 8}.get(size, 1)  # two rows per device at a time on 64 devices, one on 256
     every = {"tiny": 40}.get(size, 1000)
     text = LayoutWeights(text=1.0)
     return to_config_dict(
@@ -50,6 +56,6 @@ def get_config(size: str | None = None) -> ConfigDict:
             learning_rates=LearningRates(llm=learning_rate),
             loss=LMLossConfig(text_weight=1.0, channel_weights=(0.0,) * 8),
             compute=presets.compute(size),
-            mesh=MeshConfig() if size in ("tiny", "100m") else MeshConfig(data=-1, fsdp=32),
+            mesh={"1b": MeshConfig(data=-1, fsdp=8), "7b": MeshConfig(data=-1, fsdp=32)}.get(size, MeshConfig()),
         )
     )

@@ -8,6 +8,12 @@
 `7b` as published: 2048 rows x 8192 positions, 2.6 T positions (1.2 T text, 1.4 T speech), learning rates 2e-4 (patch
 encoder) and 3e-5 (LLM), constant after 1 % warm-up, loss on text alone. Those rates assume a trained text LLM to start
 from; the smaller sizes are trained from scratch here and have their own.
+
+Plans (`mimo-jax plan`, docs/planning.md), memory of a device and time of a step; nothing was run there:
+
+    7b v5p:8x8x4: 11.8 GiB by arithmetic, 14.2 s
+    7b v5e:16x16: 11.8 GiB by arithmetic, 35.3 s
+    1b v5e:8x8: 7.1 GiB by arithmetic, 5.8 s
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +41,7 @@ def get_config(size: str | None = None) -> ConfigDict:
         "1b": (512, 8192, 6144, 50_000, 4e-4, 2e-4),
         "7b": (2048, 8192, 6144, 154_972, 2e-4, 3e-5),
     }[size]
-    accumulation = 8 if size == "7b" else 1  # one row per device at a time on 256 devices
+    accumulation = {"1b": 4, "7b": 8}.get(size, 1)  # two rows per device at a time on 64 devices, one on 256
     every = {"tiny": 50}.get(size, 1000)
     speech = LayoutWeights(interleaved=0.5, asr=0.4, caption=0.1)
     text_share = 1.2 / 2.6  # of the positions, as published
@@ -59,7 +65,7 @@ def get_config(size: str | None = None) -> ConfigDict:
             loss=LMLossConfig(text_weight=1.0, channel_weights=(0.0,) * 8),
             optimizer=OptimizerConfig(schedule="constant"),
             compute=presets.compute(size),
-            mesh=MeshConfig() if size in ("tiny", "100m") else MeshConfig(data=-1, fsdp=32),
+            mesh={"1b": MeshConfig(data=-1, fsdp=8), "7b": MeshConfig(data=-1, fsdp=32)}.get(size, MeshConfig()),
             init_from="runs/text",
         )
     )

@@ -7,6 +7,7 @@ Exit status: 0 done, 1 a fault of the program (with traceback) or a failed compa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import sys
@@ -298,21 +299,47 @@ def _add_plan(subparsers: Any) -> None:
         subparsers,
         "plan",
         verbs.run_plan,
-        "Predict what a language model job needs and how fast it is. For TPUs the training step is compiled (minutes).",
+        "Predict what a job needs and how fast it is. For TPUs its program is compiled (the training step: minutes).",
         """\
 examples:
   mimo-jax plan --config configs/joint.py:7b --topology v5p:8x8x4
   mimo-jax plan --config configs/joint.py:7b --topology v5e:16x16 --slices 2 --config.run.accumulation=4 --json
   mimo-jax plan --config configs/sft.py:7b --topology h100:8 --config.lora.rank=64
+  mimo-jax plan --config configs/joint.py:7b --topology v5p:8x8x4 --search
+  mimo-jax plan --config configs/joint.py:7b --topology v6e:1x1 --program generate --batch 8 --length 4096
+  mimo-jax plan --config configs/tokenizer.py:7b --topology v5e:1x1 --program tokenize --length 30
 """,
     )
     add = parser.add_argument
     _config_option(parser)
     add("--topology", required=True, metavar="KIND:SHAPE", help="as v5p:8x8x4, v5e:16x16, h100:8, h200:1")
     add("--slices", type=int, default=1, metavar="N", help="TPU slices of that shape (default %(default)s)")
+    programs = ("train", "generate", "tokenize")
+    add("--program", choices=programs, default="train", help="what the job's model shall do (default %(default)s)")
+    add("--batch", type=_count, default=1, metavar="N", help="generate: requests (default %(default)s)")
+    length = "generate: positions of prompt and answer (default 2048); tokenize: seconds of a clip (default 30)"
+    add("--length", type=float, metavar="N", help=length)
+    add("--search", action="store_true", help="rank mesh, accumulation, remat and patch chunk; compile the best")
+    add("--hbm-headroom", type=_share, default=0.1, metavar="X", help="--search: memory that stays free (%(default)s)")
+    add("--compiles", type=_count, default=3, metavar="N", help="--search: compile so many at most (%(default)s)")
     add("--no-compile", action="store_true", help="arithmetic only, for TPUs too")
+    add("--cache", metavar="DIR", help="where the compiler's answers are kept (default: the user's cache folder)")
+    add("--no-cache", action="store_true", help="compile anew and keep nothing")
     add("--hlo", metavar="FILE", help="write the text of the compiled program")
     add("--json", action="store_true", help="as JSON, in bytes and seconds")
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
+
+
+def _count(text: str) -> int:
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text!r}")
 
 
 def _worker(text: str) -> tuple[int, int]:

@@ -285,8 +285,8 @@ class AudioTokenizerConfig:
         vocoder = n_mels * v + self.vocoder.num_params() + v * (self.mel.n_fft + 2) + self.mel.n_fft + 2
         return encoder + decoder + vocoder + sum(self.rvq.codebook_sizes) * d
 
-    def flops_per_code(self, num_codes: float) -> float:
-        """Forward FLOPs of encoding and decoding one RVQ frame of a clip of `num_codes` frames."""
+    def flops_per_code(self, num_codes: float, decode: bool = True) -> float:
+        """Forward FLOPs of encoding, and decoding, one RVQ frame of a clip of `num_codes` frames."""
         d, n_mels, v = self.encoder.d_model, self.mel.n_mels, self.vocoder.d_model
         mid, mel = self.pool, self.mel_frames_per_code
         encoder = (
@@ -295,6 +295,8 @@ class AudioTokenizerConfig:
             + 2.0 * mid * d * d
         )
         rvq = 2.0 * sum(self.rvq.codebook_sizes) * d
+        if not decode:
+            return encoder + rvq
         decoder = (
             2.0 * mid * d * d
             + mid * self.decoder.flops_per_position((num_codes * mid + 1) / 2)
@@ -423,7 +425,8 @@ class ComputeConfig:
     Attributes:
         dtype: activations; norms, softmax, RVQ and losses are float32 whatever it is.
         param_dtype: stored parameters.
-        remat: what the backward pass keeps of each layer: `none` keeps all, `dots` the matmul outputs, `full` nothing.
+        remat: what the backward pass keeps of each layer beside its input: `none` keeps all, `dots` the matmul outputs,
+            `full` nothing; `offload` is `full`, and the inputs (of rows, not of patches) wait in the host's memory.
         scan_layers: one compiled layer for a whole stack (stacked weights); False unrolls (faster decoding on CPU).
         attention: implementation; `auto` picks splash on TPU, chunked elsewhere.
         patch_chunk: patches per device that go through patch encoder and patch decoder at once; 0 takes all. Fewer need
@@ -433,7 +436,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full", "offload"] = "none"
     scan_layers: bool = True
     attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
     patch_chunk: int = 0

@@ -21,7 +21,7 @@ from mimo_jax.config import ConfigError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-_LONG_ROW = 16  # positions from which on a row is worth cutting; no patch has as many
+LONG_ROW = 16  # positions from which on a row is worth cutting; no patch has as many
 
 # Logical axis -> mesh axis (None: every device holds the whole axis).
 LOGICAL_RULES: Mapping[str, str | None] = {
@@ -176,5 +176,21 @@ def constrain_residual(x: jax.Array) -> jax.Array:
     """
     mesh = current_mesh()
     tensor = 1 if mesh is None else mesh.shape["tensor"]
-    long = tensor > 1 and x.shape[1] >= _LONG_ROW and x.shape[1] % tensor == 0
+    long = tensor > 1 and x.shape[1] >= LONG_ROW and x.shape[1] % tensor == 0
     return constrain_batch(x, "tensor" if long else None)
+
+
+def scatter_by_rows(matrix: jax.Array, rows: str | None, columns: str | None) -> jax.Array:
+    """A matrix whose gradient is a sum over devices that hold parts of its columns: the sum is made of the transpose.
+
+    TPUs scatter a sum along any axis but the minor one; that one they would sum whole, which sends twice the bytes.
+
+    Args:
+        matrix: [rows, columns].
+        rows: logical name of its rows; the same for `columns`.
+    """
+    mesh = current_mesh()
+    spec = partition_spec((columns, rows))
+    if mesh is None or spec[0] != "fsdp" or mesh.shape["fsdp"] == 1:
+        return matrix
+    return jax.lax.with_sharding_constraint(matrix.T, spec).T

@@ -140,14 +140,38 @@ def run_config_show(options: argparse.Namespace) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     from mimo_jax.chips import parse_topology
-    from mimo_jax.planning.plan import plan_training
+    from mimo_jax.planning.compiled import Compiler, default_cache
 
-    config = load_config(options.config, options.overrides)
-    if not isinstance(config, LMTrainConfig):
-        raise ConfigError(f"--config={options.config}: expected a language model job, got job {config.job}")
     topology = parse_topology(options.topology, options.slices)
-    plan = plan_training(config, topology, not options.no_compile, options.hlo)
+    cache = None if options.no_cache else Path(options.cache or default_cache())
+    compiler = None if options.no_compile or not topology.is_tpu else Compiler(cache, options.hlo)
+    if options.hlo and compiler is None:
+        raise ConfigError(f"--hlo={options.hlo}: nothing is compiled for this topology")
+    if options.search and options.program != "train":
+        raise ConfigError(f"--search: expected --program=train, got {options.program}")
+    plan = _plan_of_program(options, topology, compiler)
     print(json.dumps(plan.to_json(), indent=1) if options.json else plan)
+
+
+def _plan_of_program(options: argparse.Namespace, topology: Any, compiler: Any) -> Any:
+    from mimo_jax.planning.plan import plan_training
+    from mimo_jax.planning.programs import plan_generation, plan_tokenizing
+    from mimo_jax.planning.search import search
+
+    if options.program == "tokenize":
+        config = load_config(options.config, options.overrides)
+        if isinstance(config, LMTrainConfig):
+            raise ConfigError(f"--config={options.config}: expected an audio tokenizer job, got job {config.job}")
+        if options.batch != 1:
+            raise ConfigError(f"--batch={options.batch}: expected 1: clips are encoded one after the other")
+        return plan_tokenizing(config.model, config.compute, topology, compiler, options.length or 30.0)
+    job = _language_model_job(options)
+    if options.program == "generate":
+        length = int(options.length or 2048)
+        return plan_generation(job.model, job.compute, topology, compiler, options.batch, length)
+    if options.search:
+        return search(job, topology, compiler, options.hbm_headroom, options.compiles)
+    return plan_training(job, topology, compiler)
 
 
 def _language_model_job(options: argparse.Namespace) -> LMTrainConfig:

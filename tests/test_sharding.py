@@ -13,7 +13,7 @@ from models import lm_cases
 
 from mimo_jax.config import ConfigError, LMLossConfig, MeshConfig
 from mimo_jax.models.audio_lm import AudioLM, abstract_params, init_params
-from mimo_jax.sharding import batch_sharding, make_mesh, partition_spec, shardings
+from mimo_jax.sharding import batch_sharding, make_mesh, partition_spec, scatter_by_rows, shardings
 from mimo_jax.training.lm_loss import lm_loss
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 (virtual) devices")
@@ -84,3 +84,21 @@ def test_sharded_loss_and_gradients_equal_one_device(sizes):
         np.testing.assert_allclose(a, b, rtol=1e-10)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), spread_gradient, gradient)
     assert jnp.isfinite(value)
+
+
+def test_gradients_cut_by_columns_are_summed_as_rows():
+    """What TPUs need to scatter the sum: the transpose is cut, and only where columns lie over fsdp on a mesh."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 6), (6, 4)))
+
+    def gradient(rows, columns):
+        return jax.jit(jax.grad(lambda w: jnp.sin(x @ scatter_by_rows(w, rows, columns)).sum())).trace(w)
+
+    assert "sharding_constraint" not in str(gradient("mlp", "embed").jaxpr)
+    with jax.set_mesh(mesh):
+        cut = gradient("mlp", "embed")
+        assert str(cut.jaxpr).count("sharding_constraint[") == 2  # of the matrix, of its gradient
+        assert "sharding_constraint" not in str(gradient("embed", "mlp").jaxpr)
+        found = cut.lower().compile()(w)
+    np.testing.assert_allclose(found, x.T @ jnp.cos(x @ w), rtol=1e-5, atol=1e-5)

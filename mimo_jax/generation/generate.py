@@ -188,6 +188,7 @@ class Generator:
         compute: ComputeConfig | None = None,
         text_vocab_size: int | None = None,
         max_positions: int = 32_768,
+        platform: str | None = None,
     ) -> None:
         """
         Args:
@@ -196,13 +197,14 @@ class Generator:
             compute: precision that the model was trained with.
             text_vocab_size: ids from here on are rows that no text token uses; they are never drawn.
             max_positions: prompt and new positions of a request at most, which bounds the KV cache.
+            platform: what the programs are for; by default what is here.
         """
         compute = dataclasses.replace(compute or ComputeConfig(), remat="none")
-        if jax.default_backend() == "cpu" and compute.scan_layers:
+        if (platform or jax.default_backend()) == "cpu" and compute.scan_layers:
             params, compute = unroll_params(params, config), unrolled(compute)
         self.config = config
         self.compute = compute
-        self.params = jax.tree_util.tree_map_with_path(self._stored, params)
+        self.params = jax.tree_util.tree_map_with_path(self.stored, params)
         self.text_vocab_size = config.vocab_size if text_vocab_size is None else text_vocab_size
         self.max_positions = max_positions
         self._model = AudioLM(config, self.compute)
@@ -230,7 +232,7 @@ class Generator:
             except ConfigError as error:
                 raise ConfigError(f"request {number}: {error}") from None
         bucket = self.bucket_of(requests, bucket)
-        batch = self._batch(requests, bucket)
+        batch = jax.device_put(self.arrays(requests, bucket))
         started = time.perf_counter()
         prefill, decode = self._compiled(batch, bucket.new)
         compiled = time.perf_counter()
@@ -263,7 +265,7 @@ class Generator:
             raise ConfigError(f"bucket: expected at least {smallest}, got {bucket}")
         return bucket
 
-    def _stored(self, path: Any, x: Array) -> Array:
+    def stored(self, path: Any, x: Array) -> Array:
         """A parameter in the dtype that it is used in. Norms compute in float32, so their scales stay as they are."""
         is_norm = any(str(getattr(key, "key", "")).startswith("norm") for key in path)
         return jnp.asarray(x) if is_norm else jnp.asarray(x, self.compute.dtype)
@@ -313,7 +315,8 @@ class Generator:
         )
         require(0 <= request.seed < 2**32, "seed", "an integer in 0..2^32-1")
 
-    def _batch(self, requests: Sequence[Request], bucket: Bucket) -> _Batch:
+    def arrays(self, requests: Sequence[Request], bucket: Bucket) -> _Batch:
+        """Requests as the programs take them, padded to a bucket that holds them; NumPy arrays."""
         c = self.config
         B, P, C, N = bucket
         text_BP = np.zeros((B, P), np.int32)
@@ -335,7 +338,7 @@ class Generator:
             forced = request.forced_ids[: request.max_new]
             forced_BN[b, : len(forced)] = forced
         spare = B - len(requests)
-        batch = _Batch(
+        return _Batch(
             text_BP=text_BP,
             patches_BCGR=patches_BCGR,
             patch_positions_BC=patch_positions_BC,
@@ -349,7 +352,6 @@ class Generator:
             text=sampling_params([r.text_sampling for r in requests] + [GREEDY] * spare),
             patch=sampling_params([r.patch_sampling for r in requests] + [GREEDY] * spare),
         )
-        return jax.device_put(batch)
 
     def _result(self, end: _Output, b: int) -> Generated:
         text = end.text_BN[b, : end.counts_B[b]]
@@ -359,13 +361,16 @@ class Generator:
     def _compiled(self, batch: _Batch, new: int) -> tuple[Any, Any]:
         key = (*batch.text_BP.shape, batch.patches_BCGR.shape[1], new)
         if key not in self._programs:
-            prefill = jax.jit(self._prefill, static_argnums=2).lower(self.params, batch, new).compile()
-            h_BD, cache = jax.eval_shape(lambda p, b: self._prefill(p, b, new), self.params, batch)
-            decode = jax.jit(self._decode, static_argnums=4, donate_argnums=3).lower(
-                self.params, batch, h_BD, cache, new
-            )
-            self._programs[key] = (prefill, decode.compile())
+            prefill, decode = self.lowered(self.params, batch, new)
+            self._programs[key] = (prefill.compile(), decode.compile())
         return self._programs[key]
+
+    def lowered(self, params: Any, batch: Any, new: int, platforms: tuple[str, ...] | None = None) -> tuple[Any, Any]:
+        """The two programs for arrays of such shapes, lowered: for what is here, or for other platforms."""
+        prefill = jax.jit(self._prefill, static_argnums=2).trace(params, batch, new)
+        h_BD, cache = jax.eval_shape(lambda p, b: self._prefill(p, b, new), params, batch)
+        decode = jax.jit(self._decode, static_argnums=4, donate_argnums=3).trace(params, batch, h_BD, cache, new)
+        return prefill.lower(lowering_platforms=platforms), decode.lower(lowering_platforms=platforms)
 
     # ------------------------------------------------------------------------------------------------------
     # The two programs

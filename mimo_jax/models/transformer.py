@@ -19,16 +19,24 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from mimo_jax.config import ComputeConfig, TransformerConfig
+from mimo_jax.config import ComputeConfig, ConfigError, TransformerConfig
 from mimo_jax.models.attention import attention, rope_tables, rotate
-from mimo_jax.sharding import constrain_residual
+from mimo_jax.sharding import LONG_ROW, constrain_residual, scatter_by_rows
 
 INIT_SCALE = 0.02
 
+_RESIDUAL = "residual"  # the input of a block
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_RESIDUAL],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -111,7 +119,7 @@ class Linear(nn.Module):
         # As one product of two matrices: XLA CPU takes twice as long for the gradients of anything else.
         matrix = kernel.astype(dtype).reshape(math.prod(self.inputs), math.prod(self.outputs))
         x = x.astype(dtype).reshape(math.prod(leading), matrix.shape[0])
-        y = x @ matrix
+        y = x @ scatter_by_rows(matrix, self.input_axes[0], self.output_axes[0])
         if self.has_variable("lora", "a"):
             a, b = (jnp.asarray(self.get_variable("lora", name), dtype) for name in ("a", "b"))
             y = y + (x @ a.reshape(len(matrix), -1)) @ b.reshape(-1, matrix.shape[1])
@@ -216,6 +224,8 @@ class _Block(nn.Module):
     def __call__(self, carry, shared: _Shared):
         c = self.config
         x, kv, layer = carry
+        if self.compute.remat == "offload":
+            x = checkpoint_name(x, _RESIDUAL)
 
         def norm(name: str) -> Norm:
             return Norm(c.norm, c.d_model, c.norm_eps, self.compute, name=name)
@@ -278,7 +288,8 @@ class Transformer(nn.Module):
         block: Any = _Block
         if compute.remat != "none" and cache is None:
             # A scan already keeps XLA from merging the recomputation with the forward pass.
-            block = nn.remat(_Block, policy=_REMAT_POLICIES[compute.remat], prevent_cse=not compute.scan_layers)
+            policy = _REMAT_POLICIES[_remat(compute, L)]
+            block = nn.remat(_Block, policy=policy, prevent_cse=not compute.scan_layers)
         kv = None if cache is None else (cache.k, cache.v)
         carry = (constrain_residual(x_BLD.astype(dtype)), kv, 0)
         if compute.scan_layers:
@@ -302,6 +313,17 @@ class Transformer(nn.Module):
             return x, None
         grown = L if cache_valid_BL is None else cache_valid_BL.sum(-1, dtype=jnp.int32)
         return x, KVCache(k=kv[0], v=kv[1], lengths_B=cache.lengths_B + grown)
+
+
+def _remat(compute: ComputeConfig, length: int) -> str:
+    """What the backward pass keeps of rows of some length. Those of patches are not worth a way to the host."""
+    if compute.remat != "offload":
+        return compute.remat
+    if "pinned_host" not in {memory.kind for memory in jax.local_devices()[0].addressable_memories()}:
+        raise ConfigError(
+            f"compute.remat: expected none, dots or full: {jax.default_backend()} has no pinned_host memory"
+        )
+    return "offload" if length >= LONG_ROW else "full"
 
 
 def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Reads the collectives of a compiled program from its HLO text.
 
 XLA's own cost analysis counts the body of a loop once and knows no interconnect. Here every computation is weighted by
-how often it runs: a loop by the bound that its condition compares with, which is how scans are compiled.
+how often it runs: a loop by the bound that its condition compares with and the step that its body counts on by.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +25,7 @@ _CALLS = re.compile(
 )
 _LOOP = re.compile(r" while\(.*\bcondition=%(?P<condition>[^\s,]+), body=%(?P<body>[^\s,]+)")
 _TRIPS = re.compile(r'known_trip_count[":{\sn]+(\d+)')
-_BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -68,30 +69,35 @@ def collectives(hlo: str) -> list[Collective]:
     Raises:
         ValueError: a loop has no constant bound, or the groups of a collective cannot be read.
     """
+    if not any(kind in hlo for kind in (*_KINDS, "megascale")):
+        return []  # such a program may have loops without a constant bound
     program = _computations(hlo)
-    pending = [(program.entry, 1, "")]
-    seen: set[tuple[str, ...]] = set()
+    pending: list[tuple[str, int, tuple[str, ...]]] = [(program.entry, 1, ())]
+    # An asynchronous collective stands in the fusions that start it, carry it on beside other work (in loops inside of
+    # the computation that starts it, too) and end it: by what identifies it, under each computation that has one.
+    fused: dict[tuple[str, ...], dict[tuple[str, ...], Collective]] = defaultdict(dict)
     found = []
     while pending:
-        name, times, caller = pending.pop()
+        name, times, callers = pending.pop()
         for line in program.lines.get(name, ()):
-            pending += [(called, times * n, name) for called, n in _called(program, line)]
+            pending += [(called, times * n, (*callers, name)) for called, n in _called(program, line)]
             match = _COLLECTIVE.search(line)
             if match is None:
                 if _BETWEEN_SLICES.search(line):
                     found.append(Collective("slices", _size(_SHAPE.findall(line)[:1]), times, ()))
                 continue
-            if "fus" in name:
-                # An asynchronous collective stands in the fusions that start it, carry it on beside other work and
-                # end it.
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = (caller, channel[1] if channel else line, match["kind"], *_SHAPE.findall(match["type"])[0])
-                if key in seen:
-                    continue
-                seen.add(key)
             group = _group(line)
-            if len(group) > 1:
-                found.append(_collective(match, group, times, scattered="all-reduce-scatter" in name))
+            if len(group) < 2:
+                continue
+            collective = _collective(match, group, times, scattered="all-reduce-scatter" in name)
+            if "fus" in name:
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = (channel[1] if channel else line, match["kind"], *_SHAPE.findall(match["type"])[0])
+                fused[key][callers] = collective
+            else:
+                found.append(collective)
+    for places in fused.values():
+        found += [c for at, c in places.items() if not any(at[:n] in places for n in range(len(at)))]
     return found
 
 
@@ -120,11 +126,26 @@ def _called(program: _Program, line: str) -> Iterator[tuple[str, int]]:
         bounds = [int(n) for x in program.lines[loop["condition"]] for n in _BOUND.findall(x)]
         if not known and len(bounds) != 1:
             raise ValueError(f"HLO: expected one bound in the condition {loop['condition']}, got {bounds}")
-        yield loop["body"], int(known[1]) if known else bounds[0]
+        yield loop["body"], int(known[1]) if known else -(-bounds[0] // _step(program, loop["condition"], loop["body"]))
         return
     for several, one in _CALLS.findall(line):
         for name in (several or one).split(","):
             yield name.strip().lstrip("%"), 1
+
+
+def _step(program: _Program, condition: str, body: str) -> int:
+    """By how much a loop counts on. Scans do by 1; products that are computed while their operand goes round, by 2."""
+    counters = [re.search(r" get-tuple-element\(.*, index=(\d+)", x) for x in program.lines[condition]]
+    indices = [int(match[1]) for match in counters if match]
+    root = next((x for x in program.lines[body] if x.startswith("  ROOT")), "")
+    elements = re.findall(r"%([^\s,)]+)", root.partition(" tuple(")[2])
+    values = {x.split(" = ")[0].strip(" %"): x for x in program.lines[body] if " = " in x}
+    if len(indices) == 1 and indices[0] < len(elements):
+        added = re.search(r" add\(%[^\s,]+, %([^\s,)]+)\)", values.get(elements[indices[0]], ""))
+        constant = _BOUND.search(values.get(added[1], "")) if added else None
+        if constant:
+            return int(constant[1])
+    return 1
 
 
 def _collective(match: re.Match[str], group: Sequence[int], times: int, scattered: bool) -> Collective:

@@ -8,7 +8,8 @@ A device works on b = rows / accumulation / (data * fsdp) rows at a time. Per de
     weights       copies to work with: two layers of the LLM in the compute dtype; a chunk of the text head's columns,
                   and the gradients of both chunk and head if it is trained
     activations   of every layer of LLM (b L positions), patch encoder (b C G) and patch decoder (b C T) what the remat
-                  policy keeps: its input (`full`), the products of matrices too (`dots`), or all it computes (`none`)
+                  policy keeps: its input (`full`; with `offload` those of two layers of the LLM, the others wait in the
+                  host's memory), the products of matrices too (`dots`), or all it computes (`none`)
     working set   the largest of: one layer of a stack computed anew, with its gradients; a chunk of text logits; the
                   logits of one audio channel
     batch         the rows, twice (the next ones are on their way)
@@ -21,6 +22,7 @@ B rows, L positions, C patches, G frames, T steps of the patch decoder, as in th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,13 +33,14 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from mimo_jax.chips import Topology
-from mimo_jax.config import ComputeConfig, ConfigError, LMTrainConfig, TransformerConfig
+from mimo_jax.config import AudioLMConfig, ComputeConfig, ConfigError, LMTrainConfig, TransformerConfig
 from mimo_jax.models.attention import DENSE_SCORES
 from mimo_jax.models.audio_lm import abstract_params
 from mimo_jax.sharding import MESH_AXES, mesh_shape, shardings
 from mimo_jax.training import lora
 from mimo_jax.training.cross_entropy import columns_at_once
 
+_ARRAYS: dict[Any, tuple[dict[str, float], int, int, int]] = {}  # what `_arrays` gave: a search asks many times
 _BLOCK_ROWS = 128  # queries of a block of chunked attention in long rows
 
 
@@ -85,7 +88,18 @@ def plan_memory(cfg: LMTrainConfig, topology: Topology) -> MemoryPlan:
     """
     shape = mesh_shape(cfg.mesh, topology.devices)
     available = topology.chip.hbm_bytes
-    fixed, trained, parameters, checkpoint = _arrays(cfg, shape)
+    key = (
+        cfg.model,
+        cfg.compute.param_dtype,
+        cfg.compute.scan_layers,
+        cfg.lora,
+        cfg.learning_rates,
+        cfg.optimizer,
+        shape,
+    )
+    if key not in _ARRAYS:
+        _ARRAYS[key] = _arrays(cfg, shape)
+    fixed, trained, parameters, checkpoint = _ARRAYS[key]
     data = shape[0] * shape[1]
     if cfg.data.rows % (cfg.run.accumulation * data):
         raise ConfigError(
@@ -107,7 +121,7 @@ def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float
     """Bytes of parameters, moments and gradients; trained parameters; all of them; bytes of a checkpoint."""
     mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rates = dataclasses.asdict(cfg.learning_rates)
-    everything = abstract_params(cfg.model, cfg.compute)["params"]
+    everything = _shapes(cfg.model, cfg.compute.param_dtype, cfg.compute.scan_layers)
     learnt = lora.abstract(cfg.lora, rates, everything) if cfg.lora.rank else everything
     frozen = lora.split(learnt, everything)[0] if cfg.lora.rank else {}
 
@@ -131,6 +145,12 @@ def _arrays(cfg: LMTrainConfig, shape: tuple[int, ...]) -> tuple[dict[str, float
     return fixed, int(number), cfg.model.num_params(), int(count(learnt, False)[1] + 2 * moment)
 
 
+@functools.lru_cache(maxsize=8)
+def _shapes(model: AudioLMConfig, param_dtype: Any, scan_layers: bool) -> Any:
+    """Shapes of all parameters, in boxes with the logical names of their axes."""
+    return abstract_params(model, ComputeConfig(param_dtype=param_dtype, scan_layers=scan_layers))["params"]
+
+
 def _stacks(cfg: LMTrainConfig, rows: int) -> list[tuple[TransformerConfig, int, int]]:
     """Stacks of the model that a step runs, each with the number and length of its rows."""
     m, C = cfg.model, cfg.data.row_patches
@@ -138,11 +158,21 @@ def _stacks(cfg: LMTrainConfig, rows: int) -> list[tuple[TransformerConfig, int,
     return stacks + ([(m.patch_decoder, rows * C, m.num_steps)] if cfg.loss.trains_audio else [])
 
 
-def gathered_params(cfg: LMTrainConfig, rows: int) -> float:
-    """Parameters that a device gathers in one pass over so many rows: those of the patches once for each chunk."""
-    m, patches = cfg.model, rows * cfg.data.row_patches
-    chunks = -(-patches // cfg.compute.patch_chunk) if cfg.compute.patch_chunk else min(1, patches)
-    return m.num_llm_params() + chunks * (m.num_params() - m.num_llm_params())
+def patch_chunks(cfg: LMTrainConfig, rows: int) -> int:
+    """Chunks in which a device works on the patches of so many rows."""
+    patches = rows * cfg.data.row_patches
+    return -(-patches // cfg.compute.patch_chunk) if cfg.compute.patch_chunk else min(1, patches)
+
+
+def gathered_params(cfg: LMTrainConfig, rows: int, narrowest: float = 0) -> float:
+    """Parameters that a device gathers in one pass over so many rows: those of the patches once for each chunk.
+
+    Shards narrower than `narrowest` count twice: TPUs gather them by summing whole arrays of zeros.
+    """
+    m, chunks = cfg.model, patch_chunks(cfg, rows)
+    towers = min(m.patch_encoder.d_model, m.patch_decoder.d_model)
+    llm, patch = (2 if width < narrowest else 1 for width in (m.llm.d_model, towers))
+    return llm * m.num_llm_params() + patch * chunks * (m.num_params() - m.num_llm_params())
 
 
 def traffic(cfg: LMTrainConfig, shape: Mapping[str, int], trained: int) -> float:
@@ -153,14 +183,22 @@ def traffic(cfg: LMTrainConfig, shape: Mapping[str, int], trained: int) -> float
     """
     width = np.dtype(jnp.dtype(cfg.compute.dtype)).itemsize
     rows = cfg.data.rows / (shape["data"] * shape["fsdp"])
-    passes = 4 if cfg.compute.remat == "full" else 3
+    passes = 4 if cfg.compute.remat in ("full", "offload") else 3
     total = 0.0
     for config, batch, length in _stacks(cfg, 1):
-        per_position = _block(config, cfg.compute, shape["tensor"])["all"]
+        per_position = block_bytes(config, cfg.compute, shape["tensor"])["all"]
         total += 2 * passes * rows * config.num_layers * batch * length * per_position
     gathered = gathered_params(cfg, int(rows / cfg.run.accumulation))
     weights = gathered / shape["tensor"] * width * 2 * passes * cfg.run.accumulation
     return total + weights + 7 * 4 * trained / (shape["fsdp"] * shape["tensor"])
+
+
+def offloaded(cfg: LMTrainConfig, rows: float) -> float:
+    """Bytes that a device with so many rows keeps in its host's memory."""
+    if cfg.compute.remat != "offload":
+        return 0.0
+    width = np.dtype(jnp.dtype(cfg.compute.dtype)).itemsize
+    return cfg.model.llm.num_layers * rows * cfg.data.row_length * cfg.model.llm.d_model * width
 
 
 def _work(cfg: LMTrainConfig, rows: int, shape: tuple[int, ...]) -> dict[str, float]:
@@ -173,10 +211,11 @@ def _work(cfg: LMTrainConfig, rows: int, shape: tuple[int, ...]) -> dict[str, fl
     together = min(rows * C, compute.patch_chunk or rows * C)  # patches
     kept, working = 0.0, 0.0
     for config, batch, length in _stacks(cfg, rows):
-        block, scores = _block(config, compute, tensor), 3 * _scores(config, length, tensor, width)
+        block, scores = block_bytes(config, compute, tensor), 3 * score_bytes(config, length, tensor, width)
         dense = length * length <= DENSE_SCORES  # chunked attention keeps none of its scores
-        layer = {"none": block["all"] + scores * dense, "dots": block["dots"], "full": 0.0}
-        kept += config.num_layers * batch * length * (config.d_model * width + layer[compute.remat])
+        layer = {"none": block["all"] + scores * dense, "dots": block["dots"]}.get(compute.remat, 0.0)
+        layers = min(2, config.num_layers) if compute.remat == "offload" and config is m.llm else config.num_layers
+        kept += layers * batch * length * (config.d_model * width + layer)
         working = max(working, (batch if config is m.llm else together) * length * (2 * block["all"] + scores))
     kept += 3 * rows * L * m.llm.d_model * width  # input and output of the LLM, and a gradient
     columns = columns_at_once(rows * L, m.vocab_size // tensor, compute.logits_chunk)
@@ -186,17 +225,17 @@ def _work(cfg: LMTrainConfig, rows: int, shape: tuple[int, ...]) -> dict[str, fl
     head_learns = rates["llm"] > 0 and (not cfg.lora.rank or cfg.lora.tables)
     chunk = m.llm.d_model * columns * (width + wide * (2 if head_learns else 1))
     head = chunk + m.llm.d_model * m.vocab_size / (tensor * fsdp) * wide * head_learns
-    layers = 2.0 * m.llm.params_per_layer() / tensor * width
+    weights = 2.0 * m.llm.params_per_layer() / tensor * width  # of two layers
     row = L * 21 + C * (G * m.num_channels * 2 + 8)
     return {
-        "weights": head + layers,
+        "weights": head + weights,
         "activations": kept,
         "working set": max(working, logits, channel),
         "batch": 2.0 * rows * row,
     }
 
 
-def _block(config: TransformerConfig, compute: ComputeConfig, tensor: int) -> dict[str, float]:
+def block_bytes(config: TransformerConfig, compute: ComputeConfig, tensor: int) -> dict[str, float]:
     """Bytes per position of one block: products of matrices, and all it computes (attention's scores apart)."""
     width = np.dtype(jnp.dtype(compute.dtype)).itemsize
     wide = max(width, 4)
@@ -209,7 +248,7 @@ def _block(config: TransformerConfig, compute: ComputeConfig, tensor: int) -> di
     return {"dots": dots, "all": dots + rest}
 
 
-def _scores(config: TransformerConfig, length: int, tensor: int, width: int) -> float:
+def score_bytes(config: TransformerConfig, length: int, tensor: int, width: int) -> float:
     """Bytes per position of attention's scores, one array of them."""
     wide = max(width, 4)
     if length * length <= DENSE_SCORES:

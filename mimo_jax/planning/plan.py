@@ -6,7 +6,7 @@ compiler's. For GPUs, and where nothing shall be compiled, both are arithmetic (
 The time of a step is a roofline. Matrix products run at `Chip.attainable` of the peak and take turns with what memory
 bounds; collectives run beside both:
 
-    step = max(compute + memory, interconnect, network)
+    step = max(compute + memory, interconnect, network, host)
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import Mesh
+
 from mimo_jax.chips import Topology
 from mimo_jax.config import ConfigError, LMTrainConfig
 from mimo_jax.planning import memory
-from mimo_jax.planning.compiled import CompiledStep, compile_step
+from mimo_jax.planning.compiled import Compiled, Compiler, compile_step, place
 from mimo_jax.sharding import MESH_AXES, mesh_shape
 from mimo_jax.training.language_model import CODES_PER_SECOND
 
 _GIB = 2**30
 _DAY = 86_400.0
 # Share of the forward pass that the backward pass computes anew. Logits always are.
-_RECOMPUTED = {"full": 1.0, "dots": 0.1, "none": 0.05}
+_RECOMPUTED = {"offload": 1.0, "full": 1.0, "dots": 0.1, "none": 0.05}
+_WIRES = ("interconnect", "network", "host")
+_HOST_RATE = 10e9  # bytes/s between a device and its host, each way: ours, on the cautious side
+LANES = 128  # of a TPU register: the narrowest shard that is gathered as such (docs/planning.md)
 _STORAGE_RATE = 200e6  # bytes/s that one host writes to a bucket
 
 
@@ -47,9 +52,10 @@ class Plan:
         hbm_by_category: bytes by name; they add up to the peak.
         model_flops_per_step: 3 forward passes, attention counted causally over whole rows, nothing twice.
         collective_bytes: bytes that a device sends, by mesh axes; `network` between slices or hosts.
-        seconds: of compute, memory, interconnect, network.
+        seconds: of compute, memory, interconnect, network, and host where activations wait in its memory.
         step_seconds: of a step.
         compile_seconds: None if nothing was compiled.
+        cached: whether it was compiled earlier.
         audio_hours_per_step: at most, as if every patch slot were used.
         steps: of the whole job.
         checkpoint_bytes: of one checkpoint.
@@ -75,6 +81,7 @@ class Plan:
     checkpoint_bytes: int
     checkpoint_seconds: float
     peak_flops: float
+    cached: bool = False
     advice: str = ""
 
     @property
@@ -89,9 +96,9 @@ class Plan:
     @property
     def bound(self) -> str:
         """The term that the step takes as long as, or the longer one of the two that take turns."""
-        wire = max(("interconnect", "network"), key=lambda name: self.seconds[name])
+        wire = max(_WIRES, key=lambda name: self.seconds.get(name, 0.0))
         work = max(("compute", "memory"), key=lambda name: self.seconds[name])
-        return wire if self.step_seconds == self.seconds[wire] else work
+        return wire if self.step_seconds == self.seconds.get(wire) else work
 
     @property
     def mfu(self) -> float:
@@ -136,35 +143,33 @@ class Plan:
             f"a checkpoint has {self.checkpoint_bytes / 1e9:.1f} GB and takes about {self.checkpoint_seconds:.0f} s",
         ]
         if self.compile_seconds is not None:
-            lines.append(f"compiled in {self.compile_seconds:.0f} s")
+            lines.append(f"compiled in {self.compile_seconds:.0f} s" + " (cached)" * self.cached)
         return "\n".join(lines)
 
 
-def plan_training(cfg: LMTrainConfig, topology: Topology, compiled: bool = True, hlo: str | None = None) -> Plan:
+def plan_training(cfg: LMTrainConfig, topology: Topology, compiler: Compiler | None = None) -> Plan:
     """The plan of a language-model job.
 
     Args:
         cfg: the job.
         topology: what it shall run on.
-        compiled: for TPUs, compile the training step; else arithmetic only.
-        hlo: file that the compiled program's text is written to.
+        compiler: what compiles the training step for TPUs; arithmetic only without one, and for GPUs.
 
     Raises:
         ConfigError: the job cannot be placed on the topology, or the compiler for TPUs is not installed.
     """
     chip = topology.chip
-    if hlo and not (compiled and topology.is_tpu):
-        raise ConfigError(f"--hlo={hlo}: nothing is compiled for this topology")
     shape = dict(zip(MESH_AXES, mesh_shape(cfg.mesh, topology.devices), strict=True))
     if shape["data"] % topology.slices:
         raise ConfigError(f"mesh.data: expected a multiple of the {topology.slices} slices, got {shape['data']}")
     parts = memory.plan_memory(cfg, topology)
-    step = compile_step(cfg, topology, hlo) if compiled and topology.is_tpu else None
-    if step is None:
+    step = None
+    if compiler is None or not topology.is_tpu:
         sent, wires = _collectives(cfg, topology, shape, parts)
         categories, peak = dict(parts.parts), parts.total
     else:
-        sent, wires = _traffic(step, topology)
+        step, mesh = compile_step(cfg, topology, compiler)
+        sent, wires = _traffic(step, mesh, topology)
         categories, peak = _categories(parts, step), step.peak_bytes
     positions = cfg.data.rows * cfg.data.row_length
     flops = (
@@ -182,6 +187,9 @@ def plan_training(cfg: LMTrainConfig, topology: Topology, compiled: bool = True,
         "memory": memory.traffic(cfg, shape, parts.trained) / chip.hbm_rate,
         **wires,
     }
+    kept_by_host = memory.offloaded(cfg, cfg.data.rows / (shape["data"] * shape["fsdp"]))
+    if kept_by_host:
+        seconds["host"] = kept_by_host / shape["tensor"] / _HOST_RATE
     hosts = max(1, min(topology.devices, shape["fsdp"] * shape["tensor"]) // chip.host)
     return Plan(
         topology=topology.name + (f" x {topology.slices} slices" if topology.slices > 1 else ""),
@@ -195,8 +203,9 @@ def plan_training(cfg: LMTrainConfig, topology: Topology, compiled: bool = True,
         model_flops_per_step=flops,
         collective_bytes=sent,
         seconds=seconds,
-        step_seconds=max(seconds["compute"] + seconds["memory"], seconds["interconnect"], seconds["network"]),
+        step_seconds=max(seconds["compute"] + seconds["memory"], *(seconds.get(wire, 0.0) for wire in _WIRES)),
         compile_seconds=None if step is None else step.seconds,
+        cached=step is not None and step.cached,
         audio_hours_per_step=cfg.data.rows * cfg.data.row_patches * cfg.model.group_size / CODES_PER_SECOND / 3600,
         steps=cfg.run.steps,
         checkpoint_bytes=parts.checkpoint,
@@ -206,7 +215,7 @@ def plan_training(cfg: LMTrainConfig, topology: Topology, compiled: bool = True,
     )
 
 
-def _categories(parts: memory.MemoryPlan, step: CompiledStep) -> dict[str, int]:
+def _categories(parts: memory.MemoryPlan, step: Compiled) -> dict[str, int]:
     """The compiler's peak by category: parameters and optimiser are exact, `batch` is what else goes in (padding to
     tiles included), and what comes to be is shared out as arithmetic says."""
     fixed = {name: parts.parts[name] for name in ("parameters", "optimiser")}
@@ -218,7 +227,7 @@ def _categories(parts: memory.MemoryPlan, step: CompiledStep) -> dict[str, int]:
     return {**fixed, **made}
 
 
-def _traffic(step: CompiledStep, topology: Topology) -> tuple[dict[str, int], dict[str, float]]:
+def _traffic(step: Compiled, mesh: Mesh, topology: Topology) -> tuple[dict[str, int], dict[str, float]]:
     """Bytes that a device sends by mesh axes, and seconds on the wires."""
     sent: dict[str, float] = defaultdict(float)
     seconds = {"interconnect": 0.0, "network": 0.0}
@@ -228,12 +237,12 @@ def _traffic(step: CompiledStep, topology: Topology) -> tuple[dict[str, int], di
             sent["network"] += far
             seconds["network"] += far / topology.chip.network_rate
             continue
-        place = step.place(collective.group)
-        sent["+".join(place.mesh_axes)] += collective.wire_bytes
-        if place.slices > 1:
+        where = place(collective.group, mesh)
+        sent["+".join(where.mesh_axes)] += collective.wire_bytes
+        if where.slices > 1:
             seconds["network"] += collective.wire_bytes / topology.chip.network_rate
         else:
-            seconds["interconnect"] += collective.wire_bytes / topology.torus_rate(place.torus_axes)
+            seconds["interconnect"] += collective.wire_bytes / topology.torus_rate(where.torus_axes)
     return {axes: int(size) for axes, size in sent.items()}, seconds
 
 
@@ -244,8 +253,11 @@ def _collectives(
     m, width = cfg.model, 2 if cfg.compute.dtype == "bfloat16" else 4
     data, fsdp, tensor = (shape[axis] for axis in MESH_AXES)
     rows = cfg.data.rows // (cfg.run.accumulation * data * fsdp)
-    gathered = memory.gathered_params(cfg, rows) * width / tensor
-    learnt = parts.trained * width / tensor
+    narrowest = LANES * fsdp if topology.is_tpu and fsdp > 1 else 0
+    gathered = memory.gathered_params(cfg, rows, narrowest) * width / tensor
+    # Gradients of what works on patches are summed once for each chunk.
+    alone = 0 if cfg.lora.rank else parts.trained - (m.num_llm_params() if cfg.learning_rates.llm else 0)
+    learnt = (parts.trained + (memory.patch_chunks(cfg, rows) - 1) * alone) * width / tensor
     sent = {
         "fsdp": (2 * gathered + learnt) * (fsdp - 1) / fsdp,
         "data": 2 * learnt / fsdp * (data - 1) / data,

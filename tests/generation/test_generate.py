@@ -122,7 +122,7 @@ def test_in_one_bucket_neighbours_and_place_do_not_change_a_bit(generator, mixed
     bucket = generator.bucket_of(mixed)
 
     def run(requests):
-        batch = generator._batch(requests, bucket)
+        batch = jax.device_put(generator.arrays(requests, bucket))
         prefill, decode = generator._compiled(batch, bucket.new)
         out, cache = decode(generator.params, batch, *prefill(generator.params, batch))
         return [generator._result(out, b) for b in range(len(requests))], np.asarray(cache.k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimo_jax.config import ComputeConfig, TransformerConfig
+from mimo_jax.config import ComputeConfig, ConfigError, TransformerConfig
 from mimo_jax.models.transformer import KVCache, Transformer, initializer, unstack_layers
 
 QWEN = TransformerConfig.qwen2(d_model=16, num_layers=3, num_heads=4, head_dim=4, d_ff=32, num_kv_heads=2)
@@ -128,6 +129,25 @@ def test_remat_changes_no_gradient(scan):
     expected = gradient("none")
     for remat in ("dots", "full"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient(remat), expected)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_offloading_moves_inputs_of_rows_and_changes_no_gradient(scan, monkeypatch):
+    params = _params(QWEN)
+    params = params if scan else unstack_layers(params, QWEN.num_layers)
+
+    def gradient(remat, length=32):
+        model = Transformer(QWEN, dataclasses.replace(COMPUTE, remat=remat, scan_layers=scan))
+        f = lambda p: jnp.sin(model.apply({"params": p}, _x(length=length))[0]).sum()  # noqa: E731
+        return jax.jit(jax.grad(f)).trace(params)
+
+    assert "<host>" in str(gradient("offload").jaxpr)
+    assert "<host>" not in str(gradient("offload", length=11).jaxpr)  # as long as a patch
+    moved, kept = (gradient(remat).lower().compile()(params) for remat in ("offload", "full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), moved, kept)
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(addressable_memories=list)])
+    with pytest.raises(ConfigError, match=r"compute.remat: .* no pinned_host memory"):
+        gradient("offload")
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

@@ -96,12 +96,73 @@ ENTRY %main (a: bf16[1,8]) -> bf16[4,8] {
     assert found == [("all-gather", 64, 1), ("all-gather", 64, 1), ("reduce-scatter", 128, 1), ("slices", 64, 1)]
 
 
+def test_a_collective_that_runs_on_beside_a_loop_counts_where_it_starts():
+    text = """%async_collective_fusion.3 (p: bf16[1,8]) -> bf16[4,8] {
+  %g.3 = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%fused_computation.1 (p: bf16[1,8]) -> bf16[4,8] {
+  %g.2 = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%eight (p: u32[]) -> pred[] {
+  %c = u32[]{:T(128)} constant(8)
+}
+
+%inner (a: bf16[1,8]) -> bf16[4,8] {
+  %d = bf16[4,8] fusion(%a), kind=kOutput, calls=%async_collective_fusion.3
+}
+
+%outer (a: bf16[1,8]) -> bf16[4,8] {
+  %b = bf16[4,8] fusion(%a), kind=kCustom, calls=%fused_computation.1
+  %w = bf16[4,8] while(%a), condition=%eight, body=%inner
+}
+
+ENTRY %main (a: bf16[1,8]) -> bf16[4,8] {
+  %w = bf16[4,8] while(%a), condition=%three, body=%outer
+}
+
+%three (p: s32[]) -> pred[] {
+  %c = s32[] constant(3)
+}
+"""
+    assert [(c.kind, c.size, c.count) for c in collectives(text)] == [("all-gather", 64, 3)]
+
+
+def test_a_loop_that_counts_by_twos_runs_half_as_often():
+    text = """%cond (p: (f32[4], u32[])) -> pred[] {
+  %p = (f32[4], u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=1
+  %c = u32[]{:T(128)} constant(7)
+  ROOT %l = pred[] compare(%i, %c), direction=LT
+}
+
+%body (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %p = (f32[4], u32[]) parameter(0)
+  %x = f32[4] get-tuple-element(%p), index=0
+  %i = u32[] get-tuple-element(%p), index=1
+  %next = u32[]{:T(128)} add(%i, %two)
+  %moved = f32[4] collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (f32[4], u32[]) tuple(%moved, /*index=1*/%next)
+}
+
+ENTRY %main (a: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %w = (f32[4], u32[]) while(%a), condition=%cond, body=%body
+}
+"""
+    assert [(c.kind, c.size, c.count) for c in collectives(text)] == [("collective-permute", 16, 4)]
+    by_one = text.replace("constant(2)", "constant(1)")
+    assert [c.count for c in collectives(by_one)] == [7]
+
+
 def test_a_loop_without_a_bound_is_refused():
     text = """%cond (p: s32[]) -> pred[] {
   %p = s32[] parameter(0)
 }
 
 ENTRY %main (a: s32[]) -> s32[] {
+  %r = f32[2] all-reduce(%a), replica_groups={{0,1}}, to_apply=%cond
   %w = s32[] while(%a), condition=%cond, body=%cond
 }
 """

@@ -126,6 +126,19 @@ class Codec:
             for wav, of_clip in zip(clips, counts, strict=True)
         ]
 
+    def row_shapes(self, num_samples: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Shapes of the row, wave and segment ids, in which the longest segment of a clip is encoded."""
+        frames = max(count for _, count in self._segments(num_samples))
+        codes = self._bucket(-(-frames // self.config.mel_frames_per_code)) + guard_codes(self.config)
+        wav_S, ids_T = empty_row(codes, self.config)
+        return jax.ShapeDtypeStruct((1, *wav_S.shape), wav_S.dtype), jax.ShapeDtypeStruct(
+            (1, *ids_T.shape), ids_T.dtype
+        )
+
+    def program(self, variables: Any, wav_BS: Any, segment_ids_BT: Any) -> Any:
+        """The program that encodes rows, traced for arrays of such shapes."""
+        return self._encode.trace(variables, wav_BS, segment_ids_BT, None)
+
     def _segments(self, num_samples: int) -> list[tuple[int, int]]:
         """First mel frame and number of mel frames of each segment of a clip."""
         frames, step = num_mel_frames(num_samples, self.config), self.segment_codes * self.config.mel_frames_per_code
