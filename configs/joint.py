@@ -41,8 +41,8 @@ def get_config(size: str | None = None) -> ConfigDict:
     rows, length, patches, steps, rates = {
         "tiny": (4, 256, 192, 260, LearningRates(llm=1e-3, patch_encoder=2e-3, patch_decoder=2e-3)),
         "100m": (64, 2048, 1536, 40_000, LearningRates(llm=5e-4, patch_encoder=1e-3, patch_decoder=1e-3)),
-        "1b": (512, 8192, 6144, 100_000, LearningRates(llm=2e-4, patch_encoder=4e-4, patch_decoder=4e-4)),
-        "7b": (2048, 8192, 6144, 298_023, LearningRates(llm=3e-5, patch_encoder=2e-4, patch_decoder=2e-4)),
+        "1b": (512, 8192, 4608, 100_000, LearningRates(llm=2e-4, patch_encoder=4e-4, patch_decoder=4e-4)),
+        "7b": (2048, 8192, 4608, 298_023, LearningRates(llm=3e-5, patch_encoder=2e-4, patch_decoder=2e-4)),
     }[size]
     accumulation = {"1b": 4, "7b": 8}.get(size, 1)  # two rows per device at a time on 64 devices, one on 256
     every = {"tiny": 130}.get(size, 1000)

@@ -38,8 +38,8 @@ def get_config(size: str | None = None) -> ConfigDict:
     rows, length, patches, steps, encoder_rate, llm_rate = {
         "tiny": (4, 256, 192, 100, 2e-3, 1e-3),
         "100m": (64, 2048, 1536, 20_000, 1e-3, 5e-4),
-        "1b": (512, 8192, 6144, 50_000, 4e-4, 2e-4),
-        "7b": (2048, 8192, 6144, 154_972, 2e-4, 3e-5),
+        "1b": (512, 8192, 4608, 50_000, 4e-4, 2e-4),
+        "7b": (2048, 8192, 4608, 154_972, 2e-4, 3e-5),
     }[size]
     accumulation = {"1b": 4, "7b": 8}.get(size, 1)  # two rows per device at a time on 64 devices, one on 256
     every = {"tiny": 50}.get(size, 1000)
