@@ -52,7 +52,13 @@ def get_config(size: str | None = None) -> ConfigDict:
                 row_patches=0,
                 block_documents=256 if size == "tiny" else 4096,
             ),
-            run=RunConfig(steps=steps, accumulation=accumulation, eval_every=every, checkpoint_every=every),
+            run=RunConfig(
+                steps=steps,
+                accumulation=accumulation,
+                eval_every=every,
+                checkpoint_every=every,
+                grace_seconds=180.0 if size == "7b" else 45.0,  # longer than two steps
+            ),
             learning_rates=LearningRates(llm=learning_rate),
             loss=LMLossConfig(text_weight=1.0, channel_weights=(0.0,) * 8),
             compute=presets.compute(size),
