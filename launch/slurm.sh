@@ -7,6 +7,7 @@
 #SBATCH --ntasks-per-node={{ devices_per_node }}
 #SBATCH --gpus-per-node={{ devices_per_node }}
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log

@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -189,8 +189,7 @@ def _render(scheduler: str, job: Job, **values: Any) -> str:
         "kubernetes": lambda text: text.replace("$", "$$"),  # $(NAME) would be a variable
     }
     source = _folder() / TEMPLATES[scheduler]
-    everything: Mapping[str, Any] = job.values() | values
-    return environment.from_string(source.read_text(encoding="utf-8")).render(everything)
+    return environment.from_string(source.read_text(encoding="utf-8")).render(job.values() | values)
 
 
 def _folder() -> Path:

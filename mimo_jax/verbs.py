@@ -53,8 +53,9 @@ def run_train(options: argparse.Namespace) -> None:
             if options.coordinator and None in given:
                 raise ConfigError("--coordinator: expected --processes and --process beside it")
             jax.config.update("jax_enable_preemption_service", False)  # `stop_signal` takes the signals
-            # A host that is gone or stuck is noticed within this time, and the job ends.
-            jax.distributed.initialize(*given, heartbeat_timeout_seconds=40)
+            # A host that is gone or stuck is noticed within 40 s, and the job ends. At its end all wait for process 0,
+            # which still hashes the last checkpoint.
+            jax.distributed.initialize(*given, heartbeat_timeout_seconds=40, shutdown_timeout_seconds=3600)
         with stop_signal(config.run.grace_seconds if several else 0.0):
             if isinstance(config, LMTrainConfig):
                 from mimo_jax.training.language_model import train_language_model
@@ -94,7 +95,6 @@ def run_launch_job(options: argparse.Namespace) -> None:
     from mimo_jax.chips import parse_topology
 
     config = load_config(options.config, options.overrides)
-    _check_least(options, restarts=0)
     given = (options.name, options.config, options.overrides, options.workdir, options.restarts)
     job = launching.Job(*given, stop_seconds=launching.stop_seconds(config))
     if options.scheduler == "slurm":

@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[1]
 CONFIG = f"{ROOT / 'configs' / 'joint.py'}:1b"
 HOSTILE = '/data/it\'s $(touch gone) "x" {{ y }} ${HOME} $$ \\ #é: `z`'
 MESH = "--config.mesh.fsdp=1"
-PATH_OVERRIDE = f"--config.data.sources.speech.path={HOSTILE}"
-TRAIN = ["train", "--distributed", "--config", CONFIG, PATH_OVERRIDE, "--workdir", "/data/runs/a b"]
+ACCUMULATION = "--config.run.accumulation=1"  # one row for each device of the largest job here
+OVERRIDES = [ACCUMULATION, f"--config.data.sources.speech.path={HOSTILE}"]
+TRAIN = ["train", "--distributed", "--config", CONFIG, *OVERRIDES, "--workdir", "/data/runs/a b"]
 
 SLURM = ["slurm", "--nodes", "4"]
 GKE = ["gke", "--image", "registry.example/mimo:1", "--volume", "files:/data", "--topology"]
@@ -31,7 +32,7 @@ XPK = ["xpk", "--image", "registry.example/mimo:1", "--cluster", "tpus", "--topo
 
 
 def rendered(capsys, *arguments: str, config: str = CONFIG, workdir: str = "/data/runs/a b") -> str:
-    words = ["launch", *arguments, "--config", config, "--workdir", workdir, "--dry-run", PATH_OVERRIDE]
+    words = ["launch", *arguments, "--config", config, "--workdir", workdir, "--dry-run", *OVERRIDES]
     assert main(words) == 0
     return capsys.readouterr().out
 
@@ -94,6 +95,7 @@ def test_slurm_script_asks_for_a_process_per_gpu_and_for_a_signal_in_time(capsys
     lines = rendered(capsys, "slurm", "--nodes=16", "--name=speech-7b", "--config.run.grace_seconds=100").splitlines()
     asked = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
     assert asked["nodes"] == "16" and asked["job-name"] == "speech-7b" and "requeue" in asked
+    assert asked["mem"] == "0", "with --exclusive alone a job has all cores, but the default memory"
     assert asked["ntasks-per-node"] == asked["gpus-per-node"] == "8"
     assert asked["signal"] == "TERM@235", "grace time, and what one step and one checkpoint take"
 
@@ -204,7 +206,7 @@ def test_jobset_has_a_pod_for_each_host_of_each_slice(capsys, topology, slices, 
 def test_a_job_is_handed_to_its_scheduler(stand_in, program, arguments, beginning):
     note = stand_in(program, 5, reads=True)
     with pytest.raises(SystemExit, match="5"):
-        main(["launch", *arguments, "--config", CONFIG, "--workdir", "/data/runs/a"])
+        main(["launch", *arguments, "--config", CONFIG, "--workdir", "/data/runs/a", ACCUMULATION])
     words, text = json.loads(note.read_text())
     assert text.startswith(beginning) and words == (["apply", "-f", "-"] if program == "kubectl" else [])
 
@@ -214,7 +216,7 @@ def test_a_job_is_handed_to_its_scheduler(stand_in, program, arguments, beginnin
 )
 def test_a_scheduler_that_is_missing_is_named(capsys, monkeypatch, tmp_path, program, arguments):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["launch", *arguments, "--config", CONFIG, "--workdir", "/data/runs/a"]) == 2
+    assert main(["launch", *arguments, "--config", CONFIG, "--workdir", "/data/runs/a", ACCUMULATION]) == 2
     assert (
         capsys.readouterr().err == f"error: {program}: not found on this machine; --dry-run prints the job without it\n"
     )
@@ -302,7 +304,7 @@ def test_gpus_that_cannot_be_shared_out_are_refused(monkeypatch):
 def test_dry_run_of_local_processes_prints_their_command_lines(capsys):
     lines = rendered(capsys, "local", "--processes", "2").splitlines()
     words = [shlex.split(line) for line in lines]
-    assert len(words) == 2 and PATH_OVERRIDE in words[0]
+    assert len(words) == 2 and OVERRIDES[1] in words[0]
     assert [line[-1] for line in words] == ["0", "1"] and len(
         {line[line.index("--coordinator") + 1] for line in words}
     ) == 1

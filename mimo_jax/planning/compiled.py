@@ -57,7 +57,7 @@ class Compiled:
     @classmethod
     def from_json(cls, content: bytes) -> Compiled:
         """Reads what `to_json` wrote; raises ValueError, TypeError or KeyError for anything else."""
-        values = json.loads(content)
+        values = dict(json.loads(content))
         found = tuple(Collective(**c | {"group": tuple(c["group"])}) for c in values.pop("collectives"))
         result = cls(**values, collectives=found, cached=True)
         for name in ("argument_bytes", "peak_bytes", "host_bytes", "seconds"):
@@ -71,8 +71,8 @@ class Compiler(NamedTuple):
 
     Attributes:
         cache: folder of earlier answers; None to compile always. An entry is found by a hash of the lowered program
-            (what config and source make of each other), of the topology, of the versions of JAX and the compiler and of
-            what reads the program. One that cannot be read is made anew.
+            (what config and source make of each other), of the topology, of the versions of JAX and the compiler, of
+            LIBTPU_INIT_ARGS and of what reads the program. One that cannot be read is made anew.
         hlo: file that the text of the compiled program goes to; such programs are compiled always.
     """
 
@@ -126,6 +126,7 @@ class Compiler(NamedTuple):
         versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu") if _installed(name)]
         reader = Path(hlo.__file__).read_text("utf-8")  # an entry holds what it read
         parts = [topology.name, str(topology.slices), *versions, reader, program.as_text()]
+        parts += filter(None, [os.environ.get("LIBTPU_INIT_ARGS")])
         return self.cache / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.json"
 
 

@@ -28,6 +28,7 @@ from mimo_jax.models.tokenizer.codec import Codec
 from mimo_jax.planning import memory
 from mimo_jax.planning.compiled import Compiled, Compiler, DoesNotFitError, tpu_devices
 from mimo_jax.sharding import unboxed
+from mimo_jax.training.language_model import CODES_PER_SECOND
 
 _GIB = 2**30
 
@@ -162,7 +163,7 @@ def plan_generation(
     traffic["prefill"] += activations
     seconds = _times(topology, flops, traffic)
     text_step, speech_step = (sum(seconds[f"position of {kind}"].values()) for kind in ("text", "speech"))
-    spoken = model.group_size / 25.0  # seconds of a patch
+    spoken = model.group_size / CODES_PER_SECOND  # seconds of a patch
     rates = {
         "tokens_per_second": B / text_step,
         "patches_per_second": B / speech_step,

@@ -16,6 +16,7 @@ step is used. A checkpoint restores onto any mesh and any number of processes.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -139,13 +140,11 @@ def read_meta(step_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_metas(folder: Path) -> dict[int, dict[str, Any]]:
-    """The meta of every complete checkpoint of a `checkpoints` folder by step; nothing where it cannot be read."""
+    """The meta of every complete checkpoint of a `checkpoints` folder by step, without those that cannot be read."""
     metas: dict[int, dict[str, Any]] = {}
     for step in good_steps(folder):
-        try:
+        with contextlib.suppress(CheckpointError):
             metas[step] = read_meta(folder / str(step))
-        except CheckpointError:
-            metas[step] = {}
     return metas
 
 
@@ -315,6 +314,9 @@ def reasons_to_keep(
     losses = {step: loss for step in steps if (loss := metas[step].get("validation_loss")) is not None}
     for rank, step in enumerate(sorted(losses, key=lambda step: losses[step])[:best], 1):
         reasons[step].append(f"best {rank}")
+    good = [step for step in steps if not metas[step].get("bad_in_row")]
+    if good and not reasons[good[-1]]:
+        reasons[good[-1]].append("for a rollback")
     return reasons
 
 

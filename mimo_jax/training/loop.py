@@ -462,7 +462,8 @@ def train_loop(
                 with reporter.pause():
                     state = go_back(*bad)
                 step, interval, ready = bad[0], [], []
-                continue
+                if step < run.steps:
+                    continue
             validation_loss = None
             if evaluating:
                 validation_loss = validate_and_write(step)

@@ -72,7 +72,7 @@ class Summary:
 
 
 def summarize(steps: Sequence[int], metrics: Sequence[StepMetrics], patience: float = math.inf) -> Summary:
-    """Fetches and adds up the metrics of `steps`; one whose scalar `good` is 0 stays out of sums and means.
+    """Fetches and adds up the metrics of `steps`; one that changed nothing stays out of sums and means.
 
     What follows the step at which `bad_in_row` reached `patience` has changed nothing, and is left out.
     """
@@ -81,7 +81,7 @@ def summarize(steps: Sequence[int], metrics: Sequence[StepMetrics], patience: fl
     bad = [int(tree["scalars"].pop("bad_in_row", 0)) for tree in trees]
     end = next((i for i, n in enumerate(bad, 1) if n >= patience), len(trees))
     steps, trees = steps[:end], trees[:end]
-    counts = [float(tree["scalars"].pop("good", 1.0)) > 0 for tree in trees]
+    counts = [float(tree["scalars"].pop("good", 1.0)) > 0 and not n for tree, n in zip(trees, bad[:end], strict=True)]
     good = [tree for tree, ok in zip(trees, counts, strict=True) if ok]
 
     def numbers(tree: Mapping[str, np.ndarray]) -> dict[str, float]:

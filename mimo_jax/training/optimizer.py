@@ -18,8 +18,8 @@ import optax
 from mimo_jax.config import ConfigError, OptimizerConfig, TrainingConfig
 from mimo_jax.training.state import TrainState, Tree
 
-# Paths of the parameters that weight decay acts on.
 _ROUNDING = 0x726F756E  # folded into the seed, so that no other random numbers of the run are these
+# Paths of the parameters that weight decay acts on.
 _DECAYED = re.compile(r"(.*/)?(kernel|head)|(llm|text_decoder)/embedding")
 
 

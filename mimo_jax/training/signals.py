@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import itertools
+import math
 import os
 import select
 import signal
@@ -51,7 +52,7 @@ class StopSignal:
         self._own = 0  # signals that this process received
         self._asked, self._stop_at = 0, 0
         self._lock, self._agreed = threading.Lock(), threading.Event()
-        self._deadline: float | None = None
+        self._deadline = math.inf
         self._settled = False
         self._old: dict[int, Any] = {}
         self._client: Any = None
@@ -95,12 +96,14 @@ class StopSignal:
             self._agreed.wait()  # for ever: the deadline ends the process if another one never answers
             if self._asked < self._stop_at:
                 return False
-        self.signal, self._deadline = self._number, None
+        with self._lock:
+            self.signal, self._deadline = self._number, math.inf
         return True
 
     def settle(self) -> None:
         """All steps are done: what is left, writing the last checkpoint, may take the time that it takes."""
-        self._settled, self._deadline = True, None
+        with self._lock:
+            self._settled, self._deadline = True, math.inf
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._client is None:  # a process alone stops where it next asks, however late the thread is
@@ -122,7 +125,7 @@ class StopSignal:
             if self._client is not None:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: JAX ends this one too
                     self._talk()
-            if self._deadline is not None and time.monotonic() > self._deadline:
+            if time.monotonic() > self._deadline:
                 what = f"no step ended within {self.grace_seconds:g} s" if self.grace_seconds else "no step had begun"
                 self._end(f"{what}. The last complete checkpoint is intact")
 
@@ -139,11 +142,11 @@ class StopSignal:
         self._wait_no_longer_than_grace()
 
     def _wait_no_longer_than_grace(self) -> None:
-        if self._deadline is None and self.signal is None and not self._settled:
-            longer = (
-                _COORDINATOR_SECONDS if self._client is not None and distributed.global_state.process_id == 0 else 0
-            )
-            self._deadline = time.monotonic() + self.grace_seconds + longer
+        first = self._client is not None and distributed.global_state.process_id == 0
+        deadline = time.monotonic() + self.grace_seconds + _COORDINATOR_SECONDS * first
+        with self._lock:
+            if self.signal is None and not self._settled:
+                self._deadline = min(self._deadline, deadline)
 
     def _talk(self) -> None:
         """Learns that some process got a signal, and agrees with all others on the call of `requested` to stop at."""

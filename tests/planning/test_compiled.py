@@ -34,7 +34,7 @@ def test_an_answer_is_kept_and_says_so(tmp_path):
     assert again.to_json() == first.to_json()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"collectives": [{}]}', b"\xff", "seconds"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"collectives": [{}]}', b"\xff", "seconds"])
 def test_a_damaged_entry_is_made_anew(content, tmp_path):
     program = Program(8)
     compiler = Compiler(tmp_path)
@@ -45,11 +45,13 @@ def test_a_damaged_entry_is_made_anew(content, tmp_path):
     assert compiler(program, V5E).cached
 
 
-def test_another_program_or_topology_is_another_entry(tmp_path):
+def test_another_program_topology_or_flag_is_another_entry(tmp_path, monkeypatch):
     compiler = Compiler(tmp_path)
     for program, topology in ((Program(8), V5E), (Program(16), V5E), (Program(8), parse_topology("v5e:2x2", 2))):
         assert not compiler(program, topology).cached
-    assert len(list(tmp_path.iterdir())) == 3
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_latency_hiding_scheduler=true")
+    assert not compiler(Program(8), V5E).cached
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_text_is_written_of_what_is_compiled_now(tmp_path):

@@ -208,6 +208,11 @@ def test_keeps_the_first_beyond_each_multiple_of_tokens_and_the_best_also_after_
     reasons = checkpoint.reasons_to_keep(checkpoint.read_metas(tmp_path / "checkpoints"), 1, 850, 2)
     every = ["every 850 tokens"]
     assert reasons == {9: every, 12: ["best 1"], 15: every, 19: ["newest", "best 2"]}
+    (tmp_path / "checkpoints" / "9" / "meta" / "metadata").write_text("{")
+    store = CheckpointStore(tmp_path, 1)
+    save(store, 20)
+    store.close()
+    assert steps(tmp_path) == [9, 20], "what cannot be read is not removed"
 
 
 def test_inspect_lists_the_steps_their_states_and_why_they_are_kept(saved, capsys):

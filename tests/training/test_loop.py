@@ -313,9 +313,29 @@ def test_rollbacks_end_where_they_do_not_help_or_have_no_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_among_bad_steps_is_not_what_a_rollback_goes_back_to(tmp_path):
-    toy.train(tmp_path, spiky(16, rollback_after=3), toy.ToyLoader(poison=[11, 12, 13]))
+    config = spiky(16, rollback_after=3, keep_checkpoints=1)
+    toy.train(tmp_path, config, toy.ToyLoader(poison=[11, 12, 13]))
     (line,) = lines(tmp_path, "rollback")
-    assert (line["step"], line["to_step"]) == (13, 8), "step 12 was saved after two bad ones"
+    assert (line["step"], line["to_step"]) == (13, 8), "step 12 was saved after two bad ones, and 8 kept"
+    assert checkpoint.good_steps(tmp_path / "checkpoints") == [16]
+
+
+def test_a_run_that_goes_back_at_its_last_step_is_finished_and_saved(tmp_path, capsys):
+    config = spiky(12, rollback_after=2)
+    state = toy.train(tmp_path, config, toy.ToyLoader(poison=[11, 12]))
+    assert [line["step"] for line in lines(tmp_path, "rollback")] == [12]
+    assert lines(tmp_path, "validation")[-1]["step"] == checkpoint.good_steps(tmp_path / "checkpoints")[-1] == 12
+    assert toy.digest(toy.train(tmp_path, config, toy.ToyLoader())) == toy.digest(state)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_with_less_patience_a_run_among_bad_steps_goes_back_at_once(tmp_path):
+    loader = toy.ToyLoader(poison=[9, 10], signals={10: signal.SIGTERM})
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, spiky(12, rollback_after=3), loader)
+    toy.train(tmp_path, spiky(12, rollback_after=2), toy.ToyLoader())
+    assert [line["step"] for line in lines(tmp_path, "skipped")] == [9, 10, 11]
+    assert [(line["step"], line["to_step"]) for line in lines(tmp_path, "rollback")] == [(11, 8)]
 
 
 def test_run_with_other_settings_or_in_use_is_refused(whole):
