@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from mimo_jax.config import ConfigError
 
 _GIB = 2**30
+_MOST_DEVICES = 2**20
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         raise ConfigError(
             f"--topology={name}, --slices={slices}: expected a torus of {chip.torus} axes and at least one slice"
         )
-    return Topology(name, chip, bounds, slices)
+    topology = Topology(name, chip, bounds, slices)
+    if topology.devices > _MOST_DEVICES:
+        raise ConfigError(f"--topology={name}, --slices={slices}: expected at most {_MOST_DEVICES} devices")
+    return topology
 
 
 def chip_of(device_kind: str) -> Chip | None:

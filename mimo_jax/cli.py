@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import select
 import sys
@@ -318,7 +319,7 @@ examples:
     add("--program", choices=programs, default="train", help="what the job's model shall do (default %(default)s)")
     add("--batch", type=_count, default=1, metavar="N", help="generate: requests (default %(default)s)")
     length = "generate: positions of prompt and answer (default 2048); tokenize: seconds of a clip (default 30)"
-    add("--length", type=float, metavar="N", help=length)
+    add("--length", type=_positive, metavar="N", help=length)
     add("--search", action="store_true", help="rank mesh, accumulation, remat and patch chunk; compile the best")
     add("--hbm-headroom", type=_share, default=0.1, metavar="X", help="--search: memory that stays free (%(default)s)")
     add("--compiles", type=_count, default=3, metavar="N", help="--search: compile so many at most (%(default)s)")
@@ -334,6 +335,13 @@ def _share(text: str) -> float:
         if 0 <= float(text) < 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
 
 
 def _count(text: str) -> int:

@@ -492,7 +492,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.spike_sigmas >= 0, "spike_sigmas", "a non-negative number", self.spike_sigmas)
-        require(self.spike_window > 1, "spike_window", "at least 2 steps", self.spike_window)
+        require(1 < self.spike_window <= 2**20, "spike_window", "2..2^20 steps", self.spike_window)
         require(self.warmup_tokens >= 0, "warmup_tokens", "a non-negative integer", self.warmup_tokens)
         require(0 <= self.warmup_fraction < 1, "warmup_fraction", "a number in [0, 1)", self.warmup_fraction)
         require(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]", self.final_fraction)
@@ -540,8 +540,11 @@ class RunConfig:
         require(self.steps > 0 or self.tokens > 0, "run.steps", "a positive integer, or run.tokens instead", self.steps)
         for name in ("steps", "tokens", "keep_every_tokens", "keep_best", "rollback_after", "max_rollbacks"):
             require(getattr(self, name) >= 0, f"run.{name}", "a non-negative integer", getattr(self, name))
-        require(self.grace_seconds > 0, "run.grace_seconds", "a positive number", self.grace_seconds)
-        require(self.hang_seconds >= 0, "run.hang_seconds", "at least 0", self.hang_seconds)
+        require(self.steps < 2**31, "run.steps", "fewer than 2^31", self.steps)
+        require(abs(self.seed) < 2**63, "run.seed", "an integer of 64 bits", self.seed)
+        # Clocks of the system take no more.
+        require(0 < self.grace_seconds < 1e9, "run.grace_seconds", "a positive number below 1e9", self.grace_seconds)
+        require(0 <= self.hang_seconds < 1e9, "run.hang_seconds", "at least 0 and below 1e9", self.hang_seconds)
         for name in (
             "accumulation",
             "log_every",
@@ -627,6 +630,10 @@ class SourceConfig:
         at = [pair[0] for pair in self.changes]
         require(pairs and at == sorted(set(at)), "changes", "(tokens, weight) in ascending order", self.changes)
 
+    def weight_at(self, tokens: float) -> float:
+        """Its weight from so many tokens on."""
+        return [self.weight, *(weight for at, weight in self.changes if at <= tokens)][-1]
+
     @property
     def used(self) -> bool:
         """Whether it has a weight at any time."""
@@ -662,6 +669,10 @@ class LMDataConfig:
         require(self.rows > 0, "data.rows", "a positive integer", self.rows)
         for name, source in self.validation.items():
             require(not source.changes, f"data.validation.{name}.changes", "none", source.changes)
+        times = sorted({at for source in self.sources.values() for at, _ in source.changes})
+        for at in (0.0, *times) if times else ():
+            weights = [source.weight_at(at) for source in self.sources.values()]
+            require(any(weights), "data.sources", f"a source with a positive weight from {at:,.0f} tokens on", weights)
         require(
             0 <= self.row_patches <= self.row_length,
             "data.row_patches",

@@ -13,6 +13,7 @@ import importlib.machinery
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -190,7 +191,8 @@ def _parse(hint: Any, text: str, name: str) -> Any:
         return text.lower() == "true"
     if hint in (int, float):
         try:
-            return hint(text)
+            # An integer may be written as 5e12.
+            return int(float(text)) if hint is int and re.fullmatch(r"\d+(\.0*)?[eE]\+?\d{1,2}", text) else hint(text)
         except ValueError:
             raise ConfigError(f"{name}: expected {'an integer' if hint is int else 'a number'}, got {text!r}") from None
     return text

@@ -88,7 +88,7 @@ def gke(job: Job, topology: Topology, image: str, volume: str) -> str:
     claim, _, mount = volume.partition(":")
     _check_name("--volume", claim, 253, dots=True)
     path = PurePosixPath(mount)
-    if not path.is_absolute() or ":" in mount or not mount.isprintable():
+    if not path.is_absolute() or path == path.parent or ":" in mount or not mount.isprintable():
         raise ConfigError(f"--volume={volume}: expected CLAIM:/PATH")
     workdir = PurePosixPath(job.workdir)
     if ".." in workdir.parts or not workdir.is_relative_to(path):

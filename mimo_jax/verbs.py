@@ -149,6 +149,8 @@ def run_plan(options: argparse.Namespace) -> None:
         raise ConfigError(f"--hlo={options.hlo}: nothing is compiled for this topology")
     if options.search and options.program != "train":
         raise ConfigError(f"--search: expected --program=train, got {options.program}")
+    if options.program == "train" and (options.batch != 1 or options.length is not None):
+        raise ConfigError("--batch, --length: expected --program=generate or tokenize beside them")
     plan = _plan_of_program(options, topology, compiler)
     print(json.dumps(plan.to_json(), indent=1) if options.json else plan)
 

@@ -101,6 +101,7 @@ def test_overrides_set_numbers_tuples_switches_and_nested_sources():
 def test_the_length_can_be_given_in_tokens():
     config = files.load_config(spec("joint", "7b"), ["--config.run.steps=0", "--config.run.tokens=5_000_000_000_000"])
     assert config.run.steps == 298_024 and config.tokens_per_step == 16_777_216
+    assert load("joint", "run.steps=0", "run.tokens=5e5").run.tokens == 500_000
     assert files.from_config_dict(json.loads(files.to_json(config))) == config
     speech = load("tokenizer", "run.steps=0", "run.tokens=1000000")
     assert speech.run.steps == -(-1_000_000 // (speech.data.rows * speech.data.row_codes))
@@ -137,6 +138,10 @@ def test_optional_settings_take_none_and_values():
         ("joint", "run.steps=1.5", r"config\.run\.steps: expected an integer"),
         ("joint", "run.steps=0", r"^config\.run\.steps: expected a positive integer"),
         ("joint", "run.tokens=3000", r"^config\.run\.steps: expected 0 beside run\.tokens, or the 3 steps .*, got 260"),
+        ("joint", "run.steps=1e10", r"^config\.run\.steps: expected fewer than 2\^31"),
+        ("joint", "run.hang_seconds=1e300", r"^config\.run\.hang_seconds: .* below 1e9"),
+        ("text", "data.sources.text.changes=1e3:0", r"data\.sources: .* positive weight from 1,000 tokens on, got \[0"),
+        ("joint", "optimizer.spike_window=99999999999", r"^config\.optimizer\.spike_window: expected 2\.\.2\^20 steps"),
         ("joint", "run.tokens=-1", r"^config\.run\.tokens: expected a non-negative"),
         ("joint", "optimizer.warmup_tokens=1000000", r"^config\.optimizer\.warmup_tokens: expected fewer than the 26"),
         ("joint", "run=3", r"config\.run: this is a group"),

@@ -239,6 +239,8 @@ def test_a_scheduler_that_is_missing_is_named(capsys, monkeypatch, tmp_path, pro
         ([*GKE, "v5e:16x16", "--workdir=/elsewhere"], "below /data"),
         ([*GKE, "v5e:16x16", "--workdir=/data/../etc"], "below /data"),
         ([*GKE, "v5e:16x16", "--volume=files", "--workdir=/data/a"], "expected CLAIM:/PATH"),
+        ([*GKE, "v5e:16x16", "--volume=files:/", "--workdir=/data/a"], "expected CLAIM:/PATH"),
+        ([*GKE, "v5e:9999x9999", "--workdir=/data/a"], "at most 1048576 devices"),
         ([*GKE, "v5e:16x16", "--volume=Fi les:/data", "--workdir=/data/a"], "--volume=Fi les"),
         ([*GKE, "v5e:16x16", "--image=a b", "--workdir=/data/a"], "--image=a b"),
         ([*XPK, "v5e:16x16", "--cluster=$(x)", "--workdir=/data/a"], "--cluster=$(x)"),

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from mimo_jax.config import ConfigError
 from mimo_jax.sharding import BATCH_AXES, current_mesh
 
 Implementation = Literal["auto", "dense", "chunked", "splash"]
@@ -69,7 +70,8 @@ def attention(
         [B, L, N, H] in the dtype of the queries. Softmax is float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes do not fit together, only one of a pair is given, or `impl` cannot honour an argument.
+        ValueError: shapes do not fit together, only one of a pair is given, or (ConfigError) `impl` cannot honour an
+            argument.
     """
     _check(q_BLNH, k_BSKH, v_BSKH, q_segments_BL, kv_segments_BS, q_positions_BL, kv_positions_BS)
     if causal:
@@ -85,7 +87,7 @@ def attention(
     if impl == "splash":
         obstacle = _splash_obstacle(q_BLNH, k_BSKH, q_positions_BL is not None)
         if obstacle:
-            raise ValueError(f"attention: splash cannot honour {obstacle}")
+            raise ConfigError(f"attention: splash cannot honour {obstacle}")
         return _splash(q_BLNH, k_BSKH, v_BSKH, window, q_segments_BL, kv_segments_BS)
     if impl == "chunked":
         return _chunked(q_BLNH, k_BSKH, v_BSKH, window, q_segments_BL, kv_segments_BS, q_positions_BL, kv_positions_BS)
@@ -238,7 +240,7 @@ def _splash(q, k, v, window: Window, q_segments, kv_segments, interpret: bool = 
     mesh = current_mesh()
     if mesh is not None:
         if q.shape[2] % mesh.shape["tensor"] or k.shape[2] % mesh.shape["tensor"]:
-            raise ValueError(
+            raise ConfigError(
                 f"attention: splash cannot honour {q.shape[2]} query and {k.shape[2]} key heads over "
                 f"mesh axis 'tensor' of size {mesh.shape['tensor']}"
             )

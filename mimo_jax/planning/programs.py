@@ -31,6 +31,8 @@ from mimo_jax.sharding import unboxed
 from mimo_jax.training.language_model import CODES_PER_SECOND
 
 _GIB = 2**30
+_MOST_POSITIONS = 2**22  # the prompts of a plan are made, on this machine
+_LONGEST_CLIP = 24 * 3600  # seconds
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,11 @@ def plan_generation(
     Raises:
         ConfigError: sizes are impossible, or it does not fit the device.
     """
-    if batch < 1 or length < 2:
-        raise ConfigError(f"--batch={batch}, --length={length}: expected a request and two positions at least")
+    if batch < 1 or length < 2 or batch * length > _MOST_POSITIONS:
+        raise ConfigError(
+            f"--batch={batch}, --length={length}: expected a request and two positions at least, and {_MOST_POSITIONS} "
+            "positions at most"
+        )
     generator = Generator(model, {}, compute, max_positions=2 * length, platform="tpu" if topology.is_tpu else "gpu")
     half = length // 2
     codes = np.zeros((half, model.group_size, model.num_channels), np.int32)
@@ -192,8 +197,8 @@ def plan_tokenizing(
     Raises:
         ConfigError: sizes are impossible, or it does not fit the device.
     """
-    if seconds_of_clip <= 0:
-        raise ConfigError(f"--length={seconds_of_clip}: expected a positive number of seconds")
+    if not 0 < seconds_of_clip <= _LONGEST_CLIP:
+        raise ConfigError(f"--length={seconds_of_clip}: expected a positive number of seconds, {_LONGEST_CLIP} at most")
     key = jax.eval_shape(lambda: jax.random.key(0))
     boxed = jax.eval_shape(lambda key: audio_tokenizer.init_variables(model, compute, key), key)
     variables = unboxed(boxed)

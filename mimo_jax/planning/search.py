@@ -111,7 +111,13 @@ def search(
         ConfigError: nothing fits, or the compiler refused all that it was given.
     """
     room = (1 - headroom) * topology.chip.hbm_bytes
-    ranked = [c for c in _ranked(cfg, topology) if c.plan.peak_hbm_bytes <= room]
+    possible = _ranked(cfg, topology)
+    if not possible:
+        raise ConfigError(
+            f"--topology={topology.name}: no mesh of the {topology.devices} devices can cut data.rows={cfg.data.rows} "
+            "and the parameters evenly"
+        )
+    ranked = [c for c in possible if c.plan.peak_hbm_bytes <= room]
     if not ranked:
         wanted = f"{100 * headroom:.0f} % of the memory free"
         raise ConfigError(f"--topology={topology.name}: no placement of {cfg.data.rows} rows leaves {wanted}")

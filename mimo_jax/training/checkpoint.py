@@ -35,7 +35,7 @@ import jax
 
 import mimo_jax
 from mimo_jax.atomic import atomic_write, sync_folder
-from mimo_jax.config import JobConfig
+from mimo_jax.config import ConfigError, JobConfig
 from mimo_jax.config_files import from_config_dict, to_json
 from mimo_jax.training import lora
 from mimo_jax.training.state import Tree
@@ -59,6 +59,10 @@ _MAY_CHANGE = (
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or continued. The message names folder and reason."""
+
+
+class OtherRunError(CheckpointError, ConfigError):
+    """A checkpoint is of other settings or other data than the run that is to go on from it: trying again is no use."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -134,9 +138,12 @@ def read_meta(step_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(step_dir) / "meta" / "metadata"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: expected the JSON of a checkpoint: {error}") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(meta).__name__}")
+    return meta
 
 
 def read_metas(folder: Path) -> dict[int, dict[str, Any]]:
@@ -251,24 +258,29 @@ def check_same_run(
     happens to the weights of sources after the tokens that the run has seen.
 
     Raises:
-        CheckpointError: another setting or the data differ; names the first one and both values.
+        OtherRunError: another setting or the data differ; names the first one and both values.
     """
     tokens = meta.get("tokens", 0)
     known, prints = _past(from_config_dict(meta["config"]), meta["data_fingerprint"], tokens)  # newer settings: default
     wanted, new_prints = _past(config, data_fingerprint, tokens)
     for key, old, new in _differences(known, wanted):
         if key.endswith(".changes"):
-            raise CheckpointError(
+            raise OtherRunError(
                 f"{where}: config.{key}, as far as it is past ({tokens:,} tokens), was {old} and is {new} now: "
                 "only later changes may be added and edited"
             )
         if not any(re.fullmatch(pattern, key) for pattern in _MAY_CHANGE):
-            raise CheckpointError(
+            raise OtherRunError(
                 f"{where}: config.{key} was {old!r} and is {new!r} now: "
                 "a run can only be continued with the settings it began with; use another working directory"
             )
     for key, old, new in _differences(prints, new_prints):
-        raise CheckpointError(f"{where}: the data changed: {key} was {old!r} and is {new!r} now")
+        if key == "packing":
+            raise OtherRunError(
+                f"{where}: this version of the package packs rows otherwise (packing {old or 1} before, {new} now): go "
+                "on with the version that the run began with, or begin a new one with --config.init_from"
+            )
+        raise OtherRunError(f"{where}: the data changed: {key} was {old!r} and is {new!r} now")
 
 
 def _past(config: JobConfig, data_fingerprint: Mapping[str, Any], tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -305,6 +317,9 @@ def reasons_to_keep(
     reasons: dict[int, list[str]] = {step: [] for step in steps}
     for step in steps[-newest:]:
         reasons[step].append("newest" if step == steps[-1] else f"last {newest}")
+    good = [step for step in steps if not metas[step].get("bad_in_row")]
+    if good and not reasons[good[-1]]:  # later ones were saved among bad steps
+        reasons[good[-1]].append("to go back to")
     reached = 0
     for step in steps if every_tokens else ():  # what was between two that are kept had reached no further multiple
         multiple = (metas[step].get("tokens") or 0) // every_tokens
@@ -314,9 +329,6 @@ def reasons_to_keep(
     losses = {step: loss for step in steps if (loss := metas[step].get("validation_loss")) is not None}
     for rank, step in enumerate(sorted(losses, key=lambda step: losses[step])[:best], 1):
         reasons[step].append(f"best {rank}")
-    good = [step for step in steps if not metas[step].get("bad_in_row")]
-    if good and not reasons[good[-1]]:
-        reasons[good[-1]].append("for a rollback")
     return reasons
 
 

@@ -83,14 +83,23 @@ def _state(step_dir: Path, verify: bool) -> str:
 
 
 def _one(step_dir: Path, verify: bool) -> dict[str, Any]:
-    meta = checkpoint.read_meta(step_dir)
+    state = _state(step_dir, verify)
+    damaged = state.startswith("damaged (")  # which is then the answer, whatever else cannot be read
+    try:
+        meta = checkpoint.read_meta(step_dir)
+    except CheckpointError:
+        if not damaged:
+            raise
+        meta = {}
     keys = ("job", "step", "tokens", "validation_loss", "counters", "data_state", "data_fingerprint", "trained_groups")
-    found = {"folder": str(step_dir), "state": _state(step_dir, verify), "bytes": _size(step_dir)}
+    found = {"folder": str(step_dir), "state": state, "bytes": _size(step_dir)}
     found |= {key: meta.get(key) for key in (*keys, "package_version", "git_revision", "base")}
     try:
         variables = checkpoint.stored_shapes(step_dir)
     except Exception as error:  # Orbax raises whatever the first broken file leads to
-        raise CheckpointError(f"{step_dir / 'variables'}: its description cannot be read: {error}") from error
+        if not damaged:
+            raise CheckpointError(f"{step_dir / 'variables'}: its description cannot be read: {error}") from error
+        variables = {}
     groups: dict[str, dict[str, Any]] = {}
     for collection, tree in variables.items():
         for name, group in tree.items():

@@ -55,6 +55,9 @@ def test_a_clip_costs_its_flops_and_the_tokenizer_its_memory():
         (["tokenizer.py:7b", "--program", "tokenize", "--batch", "2"], "one after the other"),
         (["joint.py:7b", "--program", "generate", "--search"], "--program=train"),
         (["joint.py:7b", "--program", "generate", "--length", "1"], "two positions"),
+        (["joint.py:7b", "--program", "generate", "--length", "1e30"], "4194304 positions at most"),
+        (["tokenizer.py:7b", "--program", "tokenize", "--length", "1e12"], "86400 at most"),
+        (["joint.py:7b", "--length", "10"], "expected --program=generate or tokenize"),
     ],
 )
 def test_what_a_program_cannot_do_is_refused(arguments, message, capsys):

@@ -88,6 +88,8 @@ def test_a_search_ends_after_as_many_compiles_as_allowed(job, monkeypatch):
 def test_nothing_fits(job):
     with pytest.raises(ConfigError, match="no placement of 512 rows"):
         search(job, parse_topology("v5e:2x2"), None, headroom=0.9)
+    with pytest.raises(ConfigError, match="no mesh of the 12 devices can cut data.rows=512"):
+        search(job, parse_topology("v5e:2x2", 3), None)
 
 
 def test_on_gpus_the_command_ranks_by_arithmetic(capsys):

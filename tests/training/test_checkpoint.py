@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from training.toy import make_config
 
 from mimo_jax import cli
-from mimo_jax.config import LearningRates, MeshConfig, RunConfig
+from mimo_jax.config import ConfigError, LearningRates, MeshConfig, RunConfig
 from mimo_jax.sharding import make_mesh
 from mimo_jax.training import checkpoint
 from mimo_jax.training.checkpoint import CheckpointError, CheckpointStore, check_same_run, load_params, make_meta
@@ -30,13 +30,14 @@ def values(step: int) -> dict:
     return {group: {"kernel": jnp.asarray(rng.standard_normal(s, np.float32))} for group, s in SHAPES.items()}
 
 
-def save(store: CheckpointStore, step: int, groups=("llm",), config=CONFIG, loss=None) -> None:
+def save(store: CheckpointStore, step: int, groups=("llm",), config=CONFIG, loss=None, bad=0) -> None:
+    count = {"positions": 1.0 * step}
     params = values(step)
     store.save(
         step,
         {"params": params, "codebook": {}},
         {"step": jnp.int32(step), "optimizer": {"mu": values(step + 100)}},
-        make_meta(step, config, {"step": step}, {"data": "d"}, list(groups), {"positions": 1.0 * step}, None, loss),
+        make_meta(step, config, {"step": step}, {"data": "d"}, list(groups), count, None, loss, bad),
     )
 
 
@@ -193,6 +194,16 @@ def test_keeps_the_newest_only(tmp_path):
     assert steps(tmp_path) == [15, 20]
 
 
+def test_the_newest_from_before_bad_steps_stays_as_long_as_there_is_no_newer_one(tmp_path):
+    store, left = CheckpointStore(tmp_path, keep=1), []
+    for step, bad in ((5, 0), (10, 1), (15, 6), (20, 0)):
+        save(store, step, bad=bad)
+        store.wait()
+        left.append(steps(tmp_path))
+    store.close()
+    assert left == [[5], [5, 10], [5, 15], [20]]
+
+
 def test_keeps_the_first_beyond_each_multiple_of_tokens_and_the_best_also_after_a_restart(tmp_path):
     """A step has 8 rows x 16 positions; steps 9 and 15 are the first saved at 850 and 1,700 of them or more."""
     losses = {6: 2.0, 9: 4.0, 12: 1.0, 15: None, 18: 3.0}
@@ -247,16 +258,21 @@ def test_inspect_says_what_is_in_a_step(saved, capsys):
 
 def test_inspect_names_what_is_missing_in_one_line(saved, tmp_path, capsys):
     (saved / "checkpoints" / "2" / "meta" / "metadata").unlink()
+    (saved / "checkpoints" / "1" / "meta" / "metadata").write_text("[]")
     (saved / "empty").mkdir()
     for arguments, message in (
         (["--step", "7"], "no checkpoint of step 7; there are [1, 2, 3]"),
         (["--step", "2"], "expected the JSON of a checkpoint"),
+        (["--step", "1"], "expected a JSON object, got list"),
         (["empty"], "expected the folder of a run with checkpoints under"),
     ):
         path = saved / arguments.pop() if arguments == ["empty"] else saved
         assert cli.main(["checkpoint", "inspect", str(path), *arguments]) == 2
         errors = capsys.readouterr().err
         assert message in errors and errors.count("\n") == 1
+    assert cli.main(["checkpoint", "inspect", str(saved)]) == 0
+    assert cli.main(["checkpoint", "inspect", str(saved), "--step", "1", "--verify"]) == 1, "it is known to be damaged"
+    assert "damaged (meta/metadata" in capsys.readouterr().out
 
 
 def test_empty_folder_has_no_checkpoint(tmp_path):
@@ -350,8 +366,11 @@ def test_run_does_not_go_on_with_other_settings(change, message):
 
 
 def test_run_does_not_go_on_with_other_data():
-    with pytest.raises(CheckpointError, match=r"sources\.speech was '123' and is '124'"):
+    with pytest.raises(CheckpointError, match=r"sources\.speech was '123' and is '124'") as refused:
         check_same_run(META, CONFIG, {"tokenizer": "abc", "sources": {"speech": "124"}}, "ckpt")
+    assert isinstance(refused.value, ConfigError), "which ends a job with code 2: it would be refused again"
+    with pytest.raises(CheckpointError, match=r"packs rows otherwise \(packing 1 before, 2 now\)"):
+        check_same_run(META, CONFIG, META["data_fingerprint"] | {"packing": 2}, "ckpt")
 
 
 def wanted(params: dict | None = None, sharding=None) -> dict:
