@@ -42,9 +42,9 @@ def train(options: argparse.Namespace) -> None:
     data, fsdp, tensor = options.mesh
     devices = data * fsdp * tensor // options.processes
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # A machine with fewer cores than devices may keep some of them waiting for longer than the usual 40 s.
-    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {patience}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    # Threads of XLA. A device that waits for another keeps one; with no more than devices, they may all wait for ever.
+    os.environ["NPROC"] = "32"
     import jax
 
     jax.config.update("jax_enable_x64", options.dtype == "float64")
