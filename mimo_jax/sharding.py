@@ -150,6 +150,17 @@ def current_mesh() -> Any:
     return mesh if mesh is not None and set(MESH_AXES) <= set(mesh.axis_names) else None
 
 
+def mesh_that_divides(*, batch: int, fsdp: int = 0, tensor: int = 0) -> Any:
+    """The mesh that is set, for a `jax.shard_map` of arrays with axes of these sizes.
+
+    None if there is none, if it is one device, or if an axis cannot be cut: then each device works on whole arrays.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1 or fsdp % mesh.shape["fsdp"] or tensor % mesh.shape["tensor"]:
+        return None
+    return None if batch % math.prod(mesh.shape[a] for a in BATCH_AXES) else mesh
+
+
 def rows_per_device(rows: int) -> int:
     """How many of a batch's rows a device holds under the mesh that is set; all without one."""
     mesh = current_mesh()

@@ -28,12 +28,13 @@ LAYERS = (
     ("data",),
     ("interop",),
     ("models",),
+    ("kernels",),
     ("sharding",),
     ("audio", "text"),
     ("presets",),
     ("config_files",),
     ("chips",),
-    ("atomic", "config", "rows", "trees", "progress", "supervisor", "xla_flags", "kernels"),
+    ("atomic", "config", "rows", "trees", "progress", "supervisor", "xla_flags"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -70,11 +70,10 @@ class AudioLM(nn.Module):
         if patches_BCGR.shape[1] == 0:
             return x_BLD
 
-        def embed(model: AudioLM, patches_BXGR: jax.Array) -> jax.Array:
-            vectors = model.embed_patches(patches_BXGR.reshape(-1, *patches_BXGR.shape[2:]))
-            return vectors.reshape(*patches_BXGR.shape[:2], -1)
+        def encode(model: AudioLM, x_BXGE: jax.Array) -> jax.Array:
+            return model.patch_encoder(x_BXGE.reshape(-1, *x_BXGE.shape[2:])).reshape(*x_BXGE.shape[:2], -1)
 
-        patches_BCD = self._over_patches(embed, patches_BCGR)
+        patches_BCD = self._over_patches(encode, self.patch_encoder.embed(patches_BCGR))
         return jax.vmap(lambda x, at, patches: x.at[at].add(patches, mode="drop"))(
             x_BLD, patch_positions_BC, patches_BCD
         )
@@ -85,7 +84,7 @@ class AudioLM(nn.Module):
 
     def embed_patches(self, patches_NGR: jax.Array) -> jax.Array:
         """Vectors [N, D] of patches; "empty" ids contribute nothing."""
-        return self.patch_encoder(patches_NGR)
+        return self.patch_encoder(self.patch_encoder.embed(patches_NGR))
 
     def hidden(
         self,
@@ -122,8 +121,11 @@ class AudioLM(nn.Module):
             h_ND: LLM hidden state of the position before each patch.
             patches_NGR: int true codes.
         """
-        embeddings = self.patch_encoder.channel_embeddings(patches_NGR.astype(jnp.int32))
-        return self.patch_decoder.hidden(h_ND, embeddings)
+        return self.patch_decoder.hidden(h_ND, self._delayed(patches_NGR))
+
+    def _delayed(self, codes: jax.Array) -> jax.Array:
+        """Embedded codes [B, ..., T - 1, E] of the steps of patches [B, ..., G, R], without the last."""
+        return self.patch_encoder.embed(codes, self.config.delays, self.config.num_steps - 1)
 
     def channel_logits(self, y: jax.Array, channel: int) -> jax.Array:
         """Logits [..., V_r] of one channel from hidden states [..., P] of the patch decoder."""
@@ -156,9 +158,10 @@ class AudioLM(nn.Module):
             target = jnp.where(jnp.arange(logits.shape[-1]) == codes_NGV, logits, 0).sum(-1)
             return (jnp.log(total) + top - target).sum(-1), (target >= top).sum(-1, dtype=jnp.int32)
 
-        def channels(model: AudioLM, h_BXD: jax.Array, patches_BXGR: jax.Array) -> tuple[jax.Array, ...]:
+        def channels(model: AudioLM, h_BXD: jax.Array, x_BXSE: jax.Array, patches_BXGR: jax.Array) -> Any:
             patches_NGR = patches_BXGR.reshape(-1, *patches_BXGR.shape[2:]).astype(jnp.int32)
-            y_NTP = model.patch_hidden(h_BXD.reshape(len(patches_NGR), -1), patches_NGR)
+            x_NSE = x_BXSE.reshape(-1, *x_BXSE.shape[2:])
+            y_NTP = model.patch_decoder.hidden(h_BXD.reshape(len(patches_NGR), -1), x_NSE)
             G = model.config.group_size
             both = [
                 channel(model, y_NTP[:, d : d + G], patches_NGR[..., r, None], r)
@@ -166,7 +169,7 @@ class AudioLM(nn.Module):
             ]
             return tuple(jnp.stack(x, -1).reshape(*h_BXD.shape[:2], -1) for x in zip(*both, strict=True))
 
-        return self._over_patches(channels, h_BCD, patches_BCGR)
+        return self._over_patches(channels, h_BCD, self._delayed(patches_BCGR), patches_BCGR)
 
     def start_patch(self, h_ND: jax.Array) -> jax.Array:
         """Input [N, P] of the patch decoder's step 0."""
@@ -194,8 +197,8 @@ class AudioLM(nn.Module):
             active_R: bool, from `active_channels`.
         """
         empty = np.array(self.config.codebook_sizes)
-        embeddings = self.patch_encoder.channel_embeddings(jnp.where(active_R, codes_NR, empty))
-        return self.patch_decoder.code_input(embeddings)
+        codes_NR = jnp.where(active_R, codes_NR, empty)
+        return self.patch_decoder.code_input(self.patch_encoder.embed(codes_NR[:, None])[:, 0])
 
     def _over_patches(self, function: Callable[..., Any], *arrays_BC: jax.Array) -> Any:
         """`function(self, *arrays_BC)`, over `compute.patch_chunk` patches per device at a time.

@@ -11,27 +11,20 @@ V_r entries of channel r and its "empty" id, which is the last and stands for no
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig
+from mimo_jax.kernels.rvq_embed import rvq_embed
 from mimo_jax.models.transformer import KVCache, Linear, Transformer, initializer
-from mimo_jax.sharding import constrain_batch
 
 
 def _short_rows(compute: ComputeConfig) -> ComputeConfig:
     """Rows of 4 frames or 11 steps are always dense, whatever the rows of the LLM ask for."""
     return dataclasses.replace(compute, attention="dense")
-
-
-def _total(xs: list[jax.Array], compute: ComputeConfig) -> jax.Array:
-    """Sum of embeddings, in float32 (float64 for float64), handed out in the compute dtype."""
-    wide = jnp.promote_types(compute.dtype, jnp.float32)
-    return functools.reduce(jnp.add, [x.astype(wide) for x in xs]).astype(compute.dtype)
 
 
 class PatchEncoder(nn.Module):
@@ -50,19 +43,20 @@ class PatchEncoder(nn.Module):
             (c.group_size, width), (c.llm.d_model,), ("frame", None), ("embed",), use_bias=False, compute=self.compute
         )
 
-    def channel_embeddings(self, codes: jax.Array) -> list[jax.Array]:
-        """Embedding of each channel's codes: int32 [..., R] -> R arrays [..., E]; zero for "empty"."""
-        sizes = np.array(self.config.audio_vocab_sizes)
-        starts = np.cumsum(sizes) - sizes
-        # Blanking the rows is one small copy; masking what was looked up makes the backward pass 10 times slower (CPU).
+    def embed(self, codes: jax.Array, delays: Sequence[int] | None = None, num_steps: int | None = None) -> jax.Array:
+        """Sum [B, ..., T, E] over the channels of the embeddings of codes [B, ..., G, R], as `rvq_embed` makes it."""
         # Looked up in the parameters' precision: thousands of gradients add up in a row, which bfloat16 would lose.
-        table = jnp.asarray(self.embedding).at[starts + sizes - 1].set(0)
-        # Cut like their patches: left to itself, XLA cuts them along E as it cuts the table, and moves them all.
-        return [constrain_batch(table[codes[..., r] + starts[r]]) for r in range(len(sizes))]
+        return rvq_embed(
+            jnp.asarray(self.embedding),
+            codes,
+            self.config.audio_vocab_sizes,
+            delays=delays,
+            num_steps=num_steps,
+            dtype=self.compute.dtype,
+        )
 
-    def __call__(self, patches_NGR: jax.Array) -> jax.Array:
-        """Codes of N patches -> their vectors [N, D] in the LLM."""
-        x_NGE = _total(self.channel_embeddings(patches_NGR.astype(jnp.int32)), self.compute)
+    def __call__(self, x_NGE: jax.Array) -> jax.Array:
+        """Embedded codes of N patches, from `embed` -> their vectors [N, D] in the LLM."""
         y_NGE, _ = self.transformer(x_NGE)
         return self.projection(y_NGE)
 
@@ -70,7 +64,7 @@ class PatchEncoder(nn.Module):
 class PatchDecoder(nn.Module):
     """Parameters: `input` [D, P], `transformer`, `head_r` [P, V_r], and `codes` [E, P] if E differs from P.
 
-    It reads the tables through embeddings that `PatchEncoder.channel_embeddings` looked up.
+    It reads the tables through sums that `PatchEncoder.embed` looked up.
     """
 
     config: AudioLMConfig
@@ -92,25 +86,18 @@ class PatchDecoder(nn.Module):
         """Input [N, P] of step 0: the projected hidden state of the position before the patch."""
         return self.input(h_ND)
 
-    def code_input(self, embeddings_R: list[jax.Array]) -> jax.Array:
-        """Input [..., P] of a later step, from the embeddings [..., E] of the codes of the step before."""
-        x = _total(embeddings_R, self.compute)
+    def code_input(self, x: jax.Array) -> jax.Array:
+        """Input [..., P] of a later step, from the embedded codes [..., E] of the step before."""
         return x if self.config.patch_encoder.d_model == self.config.patch_decoder.d_model else self.codes(x)
 
-    def hidden(self, h_ND: jax.Array, embeddings_R: list[jax.Array]) -> jax.Array:
+    def hidden(self, h_ND: jax.Array, x_NSE: jax.Array) -> jax.Array:
         """Teacher-forced hidden states [N, T, P] of all steps.
 
         Args:
             h_ND: hidden state of the position before each patch.
-            embeddings_R: embeddings [N, G, E] of the true codes of each channel.
+            x_NSE: embedded true codes of all steps but the last, S = T - 1; nobody reads those of the last.
         """
-        c = self.config
-        # The codes of step t are the input of step t + 1; those of the last step are nobody's input.
-        delayed_R = [
-            jnp.pad(x, ((0, 0), (delay, max(c.delays) - delay), (0, 0)))[:, :-1]
-            for x, delay in zip(embeddings_R, c.delays, strict=True)
-        ]
-        x_NTP = jnp.concatenate([self.start(h_ND)[:, None], self.code_input(delayed_R)], axis=1)
+        x_NTP = jnp.concatenate([self.start(h_ND)[:, None], self.code_input(x_NSE)], axis=1)
         return self.transformer(x_NTP)[0]
 
     def step(self, x_NP: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

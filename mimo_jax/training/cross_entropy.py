@@ -10,14 +10,13 @@ Axes: B rows, L positions, X = B * L on a device, D width, V vocabulary, C colum
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mimo_jax.sharding import BATCH_AXES, current_mesh
+from mimo_jax.sharding import BATCH_AXES, mesh_that_divides
 
 _LANES = 128  # of a TPU register: chunks are multiples of it
 
@@ -61,16 +60,9 @@ _cross_entropy.defvjp(_save, _gradients)
 
 def _sharded(body: Any, logits_chunk: int, h_BLD, kernel_DV, *of_rows):
     """Runs `body` on each device's part, if a mesh is set that divides the arrays; else on all at once."""
-    mesh = current_mesh()
+    mesh = mesh_that_divides(batch=h_BLD.shape[0], fsdp=kernel_DV.shape[0], tensor=kernel_DV.shape[1])
     rows, head = PartitionSpec(BATCH_AXES), PartitionSpec("fsdp", "tensor")
-    whole = (
-        mesh is None
-        or mesh.size == 1
-        or h_BLD.shape[0] % math.prod(mesh.shape[a] for a in BATCH_AXES)
-        or kernel_DV.shape[0] % mesh.shape["fsdp"]
-        or kernel_DV.shape[1] % mesh.shape["tensor"]
-    )
-    if whole:
+    if mesh is None:
         return body(h_BLD, kernel_DV, *of_rows, logits_chunk=logits_chunk, local=True)
     return jax.shard_map(
         functools.partial(body, logits_chunk=logits_chunk, local=False),
