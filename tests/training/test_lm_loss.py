@@ -202,3 +202,18 @@ def test_cross_entropy_never_holds_the_logits_of_a_row():
     gradient = jax.jit(jax.grad(lambda h, k, t: cross_entropy(h, k, t, 256 * 32_768)[0].sum(), (0, 1)))
     compiled = gradient.lower(h, kernel, targets).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 32_768 * 4 / 4
+
+
+def test_weight_totals_are_exact():
+    """XLA on CPU adds so many one after the other, and rounds equal weights in the same direction."""
+    B, L = 16, 64
+    rows = jax.tree.map(lambda x: np.repeat(x, B, 0), lm_cases.rows([DOCUMENTS[:1]], L, L))
+    weights = np.where(np.random.default_rng(0).random((B, L)) < 0.5, 0.1, 1).astype(np.float32)
+    rows = rows._replace(
+        segment_ids_BL=np.ones((B, L), np.int32),
+        text_weights_BL=weights,
+        patch_positions_BC=np.tile(np.arange(L, dtype=np.int32), (B, 1)),
+        audio_weights_BC=weights,
+    )
+    for total in jax.jit(loss_totals)(rows):
+        np.testing.assert_allclose(total, weights[:, 1:].sum(dtype=np.float64), rtol=3e-7)
