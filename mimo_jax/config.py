@@ -428,7 +428,8 @@ class ComputeConfig:
         remat: what the backward pass keeps of each layer beside its input: `none` keeps all, `dots` the matmul outputs,
             `full` nothing; `offload` is `full`, and the inputs (of rows, not of patches) wait in the host's memory.
         scan_layers: one compiled layer for a whole stack (stacked weights); False unrolls (faster decoding on CPU).
-        attention: implementation; `auto` picks splash on TPU, chunked elsewhere.
+        attention: implementation; `auto` picks splash on TPU, triton on GPU from 128 positions on, dense for short rows
+            and chunked for long ones elsewhere.
         patch_chunk: patches per device that go through patch encoder and patch decoder at once; 0 takes all. Fewer need
             less memory, and gather the parameters of both once per chunk.
         logits_chunk: text logits (positions x ids) that exist at once on a device.
@@ -438,7 +439,7 @@ class ComputeConfig:
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full", "offload"] = "none"
     scan_layers: bool = True
-    attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
+    attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto"
     patch_chunk: int = 0
     logits_chunk: int = 2**26
 

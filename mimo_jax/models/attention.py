@@ -5,6 +5,7 @@ Implementations, each of which honours causality, window, segments and grouped h
     chunked: a scan over blocks of queries, each recomputed in the backward pass, so that no [L, S] array exists; a
         finite window reads only the keys around the block, and causal rows leave out most of the keys in the future.
     splash: the Pallas TPU kernel of jax.
+    triton: the Pallas GPU kernels of `mimo_jax.kernels.flash_attention`.
 
 Axes: B batch, L query positions, S key positions, N query heads, K key/value heads, G query heads of a key head, H head
 dimension, C queries of a block.
@@ -24,7 +25,8 @@ from jax.sharding import PartitionSpec
 from mimo_jax.config import ConfigError
 from mimo_jax.sharding import BATCH_AXES, current_mesh
 
-Implementation = Literal["auto", "dense", "chunked", "splash"]
+Implementation = Literal["auto", "dense", "chunked", "splash", "triton"]
+KERNELS = ("splash", "triton")  # for whole rows on one kind of device
 Window = tuple[int, int]
 
 # `auto` keeps rows dense up to this many scores per head, unless a window leaves most of them unread.
@@ -64,7 +66,8 @@ def attention(
         kv_segments_BS: int32 document of each key; given if and only if `q_segments_BL` is.
         q_positions_BL: int32 positions that causality and window compare; by default the index in the row.
         kv_positions_BS: the same for the keys; given if and only if `q_positions_BL` is.
-        impl: implementation; `auto` takes splash on TPU where it can, else dense for short rows and chunked for long.
+        impl: implementation; `auto` takes splash on TPU and triton on GPU where they can, else dense for short rows and
+            chunked for long.
 
     Returns:
         [B, L, N, H] in the dtype of the queries. Softmax is float32 (float64 for float64 inputs).
@@ -81,18 +84,21 @@ def attention(
         positions = q_positions_BL is not None
         if jax.default_backend() == "tpu" and _splash_obstacle(q_BLNH, k_BSKH, positions) is None:
             impl = "splash"
+        elif min(L, S) >= _LANES and _triton_obstacle(q_BLNH, k_BSKH, positions) is None:
+            impl = "triton"
         else:
             local = not positions and min(window) >= 0 and 2 * (_MIN_BLOCK + sum(window)) < S
             impl = "chunked" if local or L * S > DENSE_SCORES else "dense"
-    if impl == "splash":
-        obstacle = _splash_obstacle(q_BLNH, k_BSKH, q_positions_BL is not None)
+    if impl in KERNELS:
+        check = _splash_obstacle if impl == "splash" else _triton_obstacle
+        obstacle = check(q_BLNH, k_BSKH, q_positions_BL is not None)
         if obstacle:
-            raise ConfigError(f"attention: splash cannot honour {obstacle}")
-        return _splash(q_BLNH, k_BSKH, v_BSKH, window, q_segments_BL, kv_segments_BS)
+            raise ConfigError(f"attention: {impl} cannot honour {obstacle}")
+        return _kernel(impl, q_BLNH, k_BSKH, v_BSKH, window, q_segments_BL, kv_segments_BS)
     if impl == "chunked":
         return _chunked(q_BLNH, k_BSKH, v_BSKH, window, q_segments_BL, kv_segments_BS, q_positions_BL, kv_positions_BS)
     if impl != "dense":
-        raise ValueError(f"attention: expected impl auto, dense, chunked or splash, got {impl!r}")
+        raise ValueError(f"attention: expected impl auto, dense, chunked, splash or triton, got {impl!r}")
     if q_positions_BL is None or kv_positions_BS is None:
         q_positions_BL, kv_positions_BS = jnp.arange(L)[None], jnp.arange(S)[None]
     mask_BLS = _mask(window, q_positions_BL, kv_positions_BS, q_segments_BL, kv_segments_BS)
@@ -231,32 +237,43 @@ def _splash_obstacle(q: jax.Array, k: jax.Array, positions: bool) -> str | None:
     return None
 
 
-def _splash(q, k, v, window: Window, q_segments, kv_segments, interpret: bool = False) -> jax.Array:
-    """The TPU kernel, under `jax.shard_map` when a mesh is set: batch over data and fsdp, heads over tensor."""
-    scale = 1 / math.sqrt(q.shape[3])
+def _triton_obstacle(q: jax.Array, k: jax.Array, positions: bool) -> str | None:
+    """What the GPU kernels cannot honour, or None."""
+    from mimo_jax.kernels.flash_attention import obstacle
+
+    return "explicit positions" if positions else obstacle(q, k)
+
+
+def _kernel(impl: str, q, k, v, window: Window, q_segments, kv_segments, interpret: bool = False) -> jax.Array:
+    """A kernel, under `jax.shard_map` when a mesh is set: batch over data and fsdp, heads over tensor."""
     segments = q_segments is not None
-    arrays = (q * jnp.asarray(scale, q.dtype), k, v) + ((q_segments, kv_segments) if segments else ())
-    body = functools.partial(_splash_local, window=window, interpret=interpret)
+    arrays = (q, k, v) + ((q_segments, kv_segments) if segments else ())
+    body = functools.partial(_splash if impl == "splash" else _triton, window=window, interpret=interpret)
     mesh = current_mesh()
     if mesh is not None:
         if q.shape[2] % mesh.shape["tensor"] or k.shape[2] % mesh.shape["tensor"]:
             raise ConfigError(
-                f"attention: splash cannot honour {q.shape[2]} query and {k.shape[2]} key heads over "
+                f"attention: {impl} cannot honour {q.shape[2]} query and {k.shape[2]} key heads over "
                 f"mesh axis 'tensor' of size {mesh.shape['tensor']}"
             )
         heads, rows = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
         specs = (heads, heads, heads) + ((rows, rows) if segments else ())
         body = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    out = body(*arrays)
-    # The kernel lets padding attend to padding.
-    return out if q_segments is None else jnp.where((q_segments != 0)[:, :, None, None], out, 0)
+    return body(*arrays)
 
 
-def _splash_local(q, k, v, q_segments=None, kv_segments=None, *, window: Window, interpret: bool) -> jax.Array:
+def _triton(q, k, v, q_segments=None, kv_segments=None, *, window: Window, interpret: bool) -> jax.Array:
+    from mimo_jax.kernels.flash_attention import flash_attention
+
+    return flash_attention(q, k, v, q_segments, kv_segments, window=window, interpret=interpret)
+
+
+def _splash(q, k, v, q_segments=None, kv_segments=None, *, window: Window, interpret: bool) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     L, N = q.shape[1], q.shape[2]
+    q = q * jnp.asarray(1 / math.sqrt(q.shape[3]), q.dtype)
     left, right = (None if w < 0 else w for w in window)
     if left is None and right is None:
         mask: masks.Mask = masks.FullMask((L, L))
@@ -272,7 +289,9 @@ def _splash_local(q, k, v, q_segments=None, kv_segments=None, *, window: Window,
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     segments = None if q_segments is None else splash.SegmentIds(q=q_segments, kv=kv_segments)
     out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(q, k, v, segments)
-    return jnp.swapaxes(out, 1, 2).astype(q.dtype)
+    out = jnp.swapaxes(out, 1, 2).astype(q.dtype)
+    # The kernel lets padding attend to padding.
+    return out if q_segments is None else jnp.where((q_segments != 0)[:, :, None, None], out, 0)
 
 
 def rope_tables(positions_BL: jax.Array, head_dim: int, theta: float, dtype) -> tuple[jax.Array, jax.Array]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mimo_jax.config import ComputeConfig, ConfigError, TransformerConfig
-from mimo_jax.models.attention import attention, rope_tables, rotate
+from mimo_jax.models.attention import KERNELS, attention, rope_tables, rotate
 from mimo_jax.sharding import LONG_ROW, constrain_residual, scatter_by_rows
 
 INIT_SCALE = 0.02
@@ -183,7 +183,7 @@ class _Attention(nn.Module):
             k, v = (all_[layer].astype(q.dtype) for all_ in kv)
             slots_BS = jnp.arange(k.shape[1])[None]
             mask = {"q_positions_BL": shared.slots_BL, "kv_positions_BS": slots_BS}
-            impl = "auto" if impl == "splash" else impl  # the kernel is for whole rows
+            impl = "auto" if impl in KERNELS else impl  # kernels are for whole rows
         y = attention(q, k, v, causal=c.causal, window=c.window, impl=impl, **mask)
         out = Linear(
             (c.num_heads, c.head_dim),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from mimo_jax.kernels import flash_attention
 
 from mimo_jax.config import ConfigError
 from mimo_jax.models import attention as module
 from mimo_jax.models.attention import attention, rope_tables, rotate
+from mimo_jax.sharding import MESH_AXES
 
 
 def _inputs(batch=2, length=40, heads=4, kv_heads=2, dim=8, dtype=np.float32, seed=0):
@@ -152,28 +156,96 @@ def test_long_rows_never_hold_all_scores(window):
     assert _temporary_bytes(8192, "auto", window) < scores / 8
 
 
-def test_splash_equals_dense_in_interpret_mode():
-    q, k, v = _inputs(batch=1, length=256, heads=4, kv_heads=2, dim=16)
-    segments = _segments(1, 256)
-    for window in ((-1, 0), (40, 0)):
+@pytest.mark.parametrize(
+    ("impl", "length", "causal", "window", "packed"),
+    [
+        ("splash", 256, True, (-1, 0), True),
+        ("splash", 256, True, (40, 0), True),
+        ("triton", 200, True, (-1, 0), True),  # several blocks, the last one filled up
+        ("triton", 130, True, (40, 0), True),
+        ("triton", 130, False, (7, 3), True),
+        ("triton", 130, False, (-1, -1), False),
+    ],
+)
+def test_kernels_equal_dense_in_interpret_mode(impl, length, causal, window, packed):
+    q, k, v = _inputs(length=length, heads=6, kv_heads=2, dim=16)
+    segments = _segments(2, length) if packed else None
 
-        def dense(q, k, v, window=window):
-            return attention(
-                q, k, v, causal=True, window=window, q_segments_BL=segments, kv_segments_BS=segments, impl="dense"
-            )
+    def dense(q, k, v):
+        return attention(
+            q, k, v, causal=causal, window=window, q_segments_BL=segments, kv_segments_BS=segments, impl="dense"
+        )
 
-        def splash(q, k, v, window=window):
-            return module._splash(q, k, v, window, segments, segments, interpret=True)
+    def kernel(q, k, v):
+        return module._kernel(impl, q, k, v, window, segments, segments, interpret=True)
 
-        def run(f):
-            return jax.jit(jax.value_and_grad(lambda *x: (jnp.sin(y := f(*x)).sum(), y), (0, 1, 2), has_aux=True))(
-                q, k, v
-            )
+    def run(f):
+        return jax.jit(jax.value_and_grad(lambda *x: (jnp.sin(y := f(*x)).sum(), y), (0, 1, 2), has_aux=True))(q, k, v)
 
-        ((_, a), of_dense), ((_, b), of_splash) = run(dense), run(splash)
-        np.testing.assert_allclose(a, b, atol=2e-6)
-        for a, b in zip(of_splash, of_dense, strict=True):
-            np.testing.assert_allclose(a, b, atol=5e-6)
+    ((_, a), of_dense), ((_, b), of_kernel) = run(dense), run(kernel)
+    np.testing.assert_allclose(a, b, atol=2e-6)
+    assert segments is None or not b[segments == 0].any()
+    for a, b in zip(of_kernel, of_dense, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_triton_leaves_out_blocks_that_nobody_sees():
+    """Rows of 8 blocks: two documents of 4 blocks each, then (second row) only padding."""
+    ids = jnp.stack([jnp.repeat(jnp.arange(1, 3), 64), jnp.zeros(128, jnp.int32)])
+    needed = flash_attention._needed(ids, ids, 16, 16, (-1, 0))
+    halves = np.kron(np.eye(2, dtype=bool), np.tril(np.ones((4, 4), bool)))
+    np.testing.assert_array_equal(needed, [halves, np.zeros((8, 8), bool)])
+    first, last = flash_attention._span(needed)
+    np.testing.assert_array_equal(first, [[0, 0, 0, 0, 4, 4, 4, 4], [0] * 8])
+    np.testing.assert_array_equal(last, [[1, 2, 3, 4, 5, 6, 7, 8], [0] * 8])
+    near = flash_attention._needed(ids[:1], ids[:1], 16, 32, (16, 0))[0]
+    np.testing.assert_array_equal(near.sum(1), [1, 1, 2, 1, 1, 1, 2, 1])
+
+
+def _on_gpu(kind):
+    """As if the program were for such a GPU. Nothing runs."""
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return use_abstract_mesh(AbstractMesh((2, 2, 2), MESH_AXES, axis_types=types, abstract_device=device))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_auto_lowers_to_triton_for_gpus(kind):
+    """The shapes of `7b`, forward and backward, on a mesh; three kernels. It says nothing about running them."""
+    q, k = (jax.ShapeDtypeStruct((4, 8192, n, 128), jnp.bfloat16) for n in (32, 8))
+    ids = jax.ShapeDtypeStruct((4, 8192), jnp.int32)
+
+    def f(q, k, v, ids):
+        return attention(q, k, v, causal=True, q_segments_BL=ids, kv_segments_BS=ids).astype(jnp.float32).sum()
+
+    with _on_gpu(kind):
+        text = jax.jit(jax.grad(f, (0, 1, 2))).trace(q, k, k, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
+    assert "8192x8192" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (None, {}, "no GPU"),
+        ("Tesla T4", {}, "compute capability 7.5"),
+        ("NVIDIA H200", {"dim": 24}, "heads of 24 dimensions"),
+        ("NVIDIA H200", {"positions": True}, "explicit positions"),
+        ("NVIDIA H200", {"heads": 3, "kv_heads": 1}, "mesh axis 'tensor' of size 2"),
+    ],
+)
+def test_triton_refuses_what_it_cannot_honour(kind, change, message):
+    q, k, v = _inputs(
+        length=128, heads=change.get("heads", 4), kv_heads=change.get("kv_heads", 2), dim=change.get("dim", 16)
+    )
+    ids = jnp.ones((2, 128), jnp.int32)
+    kwargs = {"q_positions_BL": ids, "kv_positions_BS": ids} if "positions" in change else {}
+
+    def f(q, k, v):
+        return attention(q, k, v, causal=True, impl="triton", **kwargs)
+
+    with _on_gpu(kind) if kind else contextlib.nullcontext(), pytest.raises(ConfigError, match=message):
+        jax.eval_shape(f, q, k, v)
 
 
 @pytest.mark.parametrize(
