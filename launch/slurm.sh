@@ -19,7 +19,7 @@ export JAX_COMPILATION_CACHE_DIR={{ cache | sh }}
 
 code=0
 srun --kill-on-bad-exit=1 {{ command | map("sh") | join(" \\\n  ") }} || code=$?
-# 0 is done, 2 is wrong usage or settings: neither gets better by another try. Everything else goes on from the last
+# 0 is done, 2 is wrong usage, settings or data: neither gets better by another try. Everything else goes on from the last
 # checkpoint.
 if [[ $code -ne 0 && $code -ne 2 && ${SLURM_RESTART_COUNT:-0} -lt {{ restarts }} ]]; then
   scontrol requeue "$SLURM_JOB_ID"

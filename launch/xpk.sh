@@ -4,7 +4,7 @@
 # before (`xpk storage attach --auto-mount=true`).
 set -euo pipefail
 # xpk restarts after codes from 127 on (143: stopped by SIGTERM, 134: aborted by JAX after the loss of another process);
-# 1 and 3 are failures that may pass, 2 (wrong usage or settings) is not.
+# 1 and 3 are failures that may pass, 2 (wrong usage, settings or data) is not.
 # `exec`: signals reach the process itself.
 exec xpk workload create \
   --cluster={{ cluster | sh }} \

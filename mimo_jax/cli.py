@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from mimo_jax import __version__, verbs
-from mimo_jax.config import ConfigError
 
 CONFIG_FLAG = "--config."
 
@@ -47,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _leave(1)
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
-        # A training job that did not fail for its settings may be worth another try: `launch` knows 3 from 2.
-        code = 3 if options.run is verbs.run_train and not isinstance(error, ConfigError) else 2
+        # 3: a training job that is worth another try, as `launch` knows. Settings and data that are wrong, and files
+        # that are not there, stay so.
+        lasting = isinstance(error, (ValueError, FileNotFoundError))
+        code = 3 if options.run is verbs.run_train and not lasting else 2
         if _one_of_several():
             _leave(code)
         return code

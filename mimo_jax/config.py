@@ -492,6 +492,11 @@ class OptimizerConfig:
     stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            require(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
+        for name in ("eps", "clip_norm"):
+            require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        require(self.weight_decay >= 0, "weight_decay", "a non-negative number", self.weight_decay)
         require(self.spike_sigmas >= 0, "spike_sigmas", "a non-negative number", self.spike_sigmas)
         require(1 < self.spike_window <= 2**20, "spike_window", "2..2^20 steps", self.spike_window)
         require(self.warmup_tokens >= 0, "warmup_tokens", "a non-negative integer", self.warmup_tokens)
@@ -539,7 +544,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.steps > 0 or self.tokens > 0, "run.steps", "a positive integer, or run.tokens instead", self.steps)
-        for name in ("steps", "tokens", "keep_every_tokens", "keep_best", "rollback_after", "max_rollbacks"):
+        for name in (
+            *("steps", "tokens", "keep_every_tokens", "keep_best", "rollback_after", "max_rollbacks"),
+            *("eval_batches", "data_threads"),
+        ):
             require(getattr(self, name) >= 0, f"run.{name}", "a non-negative integer", getattr(self, name))
         require(self.steps < 2**31, "run.steps", "fewer than 2^31", self.steps)
         require(abs(self.seed) < 2**63, "run.seed", "an integer of 64 bits", self.seed)

@@ -119,7 +119,7 @@ def start(scheduler: str, text: str) -> int:
 
 def check_devices(config: TrainingConfig, devices: int, per_process: int, slices: int = 1) -> None:
     """Raises ConfigError unless the mesh and the batch of a job fit so many devices and slices."""
-    from mimo_jax.sharding import mesh_shape
+    from mimo_jax.sharding import check_batch, mesh_shape
 
     data, fsdp, tensor = mesh_shape(config.mesh, devices)
     if data % slices:
@@ -129,11 +129,7 @@ def check_devices(config: TrainingConfig, devices: int, per_process: int, slices
             f"mesh.tensor: expected a divisor of the {per_process} devices of one process, got {tensor}: the devices "
             "along this axis read the same rows"
         )
-    if config.data.rows % (config.run.accumulation * data * fsdp):
-        raise ConfigError(
-            "data.rows: expected a multiple of run.accumulation * data * fsdp devices "
-            f"({config.run.accumulation} * {data} * {fsdp}), got {config.data.rows}"
-        )
+    check_batch(config.data.rows, config.run.accumulation, data * fsdp)
 
 
 def devices_per_host(topology: Topology) -> int:

@@ -161,6 +161,21 @@ def mesh_that_divides(*, batch: int, fsdp: int = 0, tensor: int = 0) -> Any:
     return None if batch % math.prod(mesh.shape[a] for a in BATCH_AXES) else mesh
 
 
+def check_batch(rows: int, accumulation: int, devices: int) -> None:
+    """Raises ConfigError unless a batch of `rows` can be cut into equal micro-batches over data * fsdp `devices`."""
+    if rows % (accumulation * devices) == 0:
+        return
+    if rows % devices == 0:  # then the batch is as it should be
+        raise ConfigError(
+            f"run.accumulation: expected a divisor of the {rows // devices} rows of each of data * fsdp = {devices} "
+            f"devices (data.rows={rows}), got {accumulation}"
+        )
+    raise ConfigError(
+        f"data.rows: expected a multiple of run.accumulation * data * fsdp devices ({accumulation} * {devices}), "
+        f"got {rows}"
+    )
+
+
 def rows_per_device(rows: int) -> int:
     """How many of a batch's rows a device holds under the mesh that is set; all without one."""
     mesh = current_mesh()

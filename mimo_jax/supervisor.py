@@ -23,6 +23,14 @@ from mimo_jax.config import ConfigError
 _USAGE = 2  # exit code of a command that would fail again
 _FINISH_SECONDS = 10.0  # that the other processes get to end by themselves once one has failed
 _LONG_RUN_SECONDS = 1800.0  # after an attempt of such a length, restarts are counted anew
+# Becomes the command, which the kernel sends SIGTERM should the supervisor die, however (PR_SET_PDEATHSIG is 1).
+_WITH_SUPERVISOR = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("launch: the supervisor is gone")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 def supervise(command: Sequence[str], processes: int, restarts: int, logs: Path, stop_seconds: float = 180.0) -> int:
@@ -32,8 +40,8 @@ def supervise(command: Sequence[str], processes: int, restarts: int, logs: Path,
         command: a `mimo-jax train` command line; with several processes it gets `--coordinator`, `--processes` and
             `--process`.
         processes: how many to start. Process 0 prints; the others write to `logs`/process-I.log.
-        restarts: how often the job may be started again without having run for half an hour in between. Wrong usage
-            or settings (exit code 2) is never tried again, nor is a job that was stopped by a signal to the
+        restarts: how often the job may be started again without having run for half an hour in between. Wrong usage,
+            settings or data (exit code 2) is never tried again, nor is a job that was stopped by a signal to the
             supervisor, which is passed on.
         logs: folder, made if missing.
         stop_seconds: how long the processes have after such a signal, to finish the step and save.
@@ -158,6 +166,8 @@ def _jobs(lines: Sequence[tuple[list[str], dict[str, str]]], logs: Path) -> Iter
     jobs: list[subprocess.Popen[bytes]] = []
     try:
         for i, (command, extra) in enumerate(lines):
+            if sys.platform == "linux":
+                command = [sys.executable, "-I", "-S", "-c", _WITH_SUPERVISOR, str(os.getpid()), *command]
             environment = {**os.environ, **extra}
             # In sessions of their own: Ctrl-C in the terminal reaches the supervisor alone, which passes it on once.
             with (logs / f"process-{i}.log").open("ab") if i else contextlib.nullcontext() as log:

@@ -233,6 +233,10 @@ def test_a_scheduler_that_is_missing_is_named(capsys, monkeypatch, tmp_path, pro
         ([*SLURM, "--restarts=-1", "--workdir=/data/a"], "--restarts: expected at least 0"),
         ([*SLURM, "--workdir=/data/a", "--config.mesh.tensor=2", "--config.mesh.fsdp=2"], "mesh.tensor: expected"),
         (["slurm", "--nodes=3", "--config.mesh.fsdp=1", "--workdir=/data/a"], "data.rows: expected"),
+        (
+            [*GKE, "v5e:16x16", "--workdir=/data/a", "--config.run.accumulation=4"],
+            "run.accumulation: expected a divisor of the 2 rows",
+        ),
         ([*GKE, "h100:8", "--workdir=/data/a"], "--topology=h100:8: expected TPUs"),
         ([*GKE, "v5e:16", "--workdir=/data/a"], "--topology=v5e:16"),
         ([*GKE, "v5e:1x2", "--workdir=/data/a"], "whole hosts of 4"),

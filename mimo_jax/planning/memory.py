@@ -33,10 +33,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from mimo_jax.chips import Topology
-from mimo_jax.config import AudioLMConfig, ComputeConfig, ConfigError, LMTrainConfig, TransformerConfig
+from mimo_jax.config import AudioLMConfig, ComputeConfig, LMTrainConfig, TransformerConfig
 from mimo_jax.models.attention import DENSE_SCORES
 from mimo_jax.models.audio_lm import abstract_params
-from mimo_jax.sharding import MESH_AXES, mesh_shape, shardings
+from mimo_jax.sharding import MESH_AXES, check_batch, mesh_shape, shardings
 from mimo_jax.training import lora
 from mimo_jax.training.cross_entropy import columns_at_once
 
@@ -101,11 +101,7 @@ def plan_memory(cfg: LMTrainConfig, topology: Topology) -> MemoryPlan:
         _ARRAYS[key] = _arrays(cfg, shape)
     fixed, trained, parameters, checkpoint = _ARRAYS[key]
     data = shape[0] * shape[1]
-    if cfg.data.rows % (cfg.run.accumulation * data):
-        raise ConfigError(
-            f"data.rows: expected a multiple of run.accumulation * data * fsdp ({cfg.run.accumulation} * {data}), "
-            f"got {cfg.data.rows}"
-        )
+    check_batch(cfg.data.rows, cfg.run.accumulation, data)
 
     def parts(accumulation: int) -> dict[str, int]:
         rows = cfg.data.rows // (accumulation * data)

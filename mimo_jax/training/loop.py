@@ -21,7 +21,7 @@ from mimo_jax.config import ConfigError, JobConfig, TrainingConfig
 from mimo_jax.config_files import to_json
 from mimo_jax.data.loader import RowLoader
 from mimo_jax.progress import clock
-from mimo_jax.sharding import BATCH_AXES
+from mimo_jax.sharding import BATCH_AXES, check_batch
 from mimo_jax.training import metrics as metrics_lib
 from mimo_jax.training.checkpoint import CheckpointStore, check_same_run, make_meta, read_meta
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
@@ -92,11 +92,7 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
     of its own.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % (accumulation * devices):
-        raise ConfigError(
-            f"data.rows: expected a multiple of run.accumulation * data * fsdp devices "
-            f"({accumulation} * {mesh.shape['data']} * {mesh.shape['fsdp']}), got {rows}"
-        )
+    check_batch(rows, accumulation, devices)
     if any(len({d.process_index for d in group}) > 1 for group in mesh.devices.reshape(devices, -1)):
         raise ConfigError(
             f"mesh.tensor: expected devices of one process along this axis, got {mesh.shape['tensor']} of several: "

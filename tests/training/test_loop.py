@@ -371,7 +371,9 @@ def test_read_only_working_directory_is_named(tmp_path, monkeypatch):
 def test_rows_that_cannot_be_cut_are_refused():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
     loop.check_rows(8, 2, mesh)
-    with pytest.raises(ConfigError, match=r"data\.rows: .*2 \* 2 \* 2.*got 12"):
+    with pytest.raises(ConfigError, match=r"data\.rows: .*2 \* 4.*got 10"):
+        loop.check_rows(10, 2, mesh)
+    with pytest.raises(ConfigError, match=r"run\.accumulation: expected a divisor of the 3 rows .*got 2"):
         loop.check_rows(12, 2, mesh)
 
 
