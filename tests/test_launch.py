@@ -165,3 +165,24 @@ def test_signal_to_the_supervisor_reaches_the_processes_once_and_nothing_is_star
         os.killpg(job.pid, signal.SIGINT) if group else job.terminate()
         assert job.wait(20) == (130 if group else 143)
     assert (tmp_path / "attempt-1").read_text() == "x"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems leave them running")
+def test_processes_save_and_end_when_the_supervisor_is_killed(tmp_path):
+    program = "import sys; from mimo_jax.supervisor import supervise; from pathlib import Path; "
+    program += "sys.exit(supervise(sys.argv[2:], 2, 5, Path(sys.argv[1])))"
+    body = "signal.signal(signal.SIGTERM, lambda *_: (attempt.write_text('saved'), sys.exit(143))); "
+    body += "attempt.write_text('up'); time.sleep(60)"
+    command = [sys.executable, "-c", program, str(tmp_path), sys.executable, "-c", STUB, str(tmp_path), body]
+
+    def wait_for(word):
+        files = [tmp_path / "attempt-0", tmp_path / "attempt-1"]
+        deadline = time.monotonic() + 20
+        while [f.read_text() if f.is_file() else "" for f in files] != [word, word]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with subprocess.Popen(command, env=ENVIRONMENT) as job:
+        wait_for("up")
+        job.kill()
+    wait_for("saved")

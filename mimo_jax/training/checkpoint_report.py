@@ -28,7 +28,9 @@ def inspect(path: str | os.PathLike[str], step: int | None = None, verify: bool 
     """
     path = Path(path)
     if (path / MARKER).is_file():
-        if step is not None and path.name != str(step):
+        # The folder of a run's checkpoint is called by its step, that of converted weights by the user.
+        own = int(path.name) if path.resolve().name.isdecimal() else checkpoint.read_meta(path).get("step")
+        if step not in (None, own):
             raise CheckpointError(f"{path}: this is the folder of one checkpoint, which is not step {step}")
         return _one(path, verify)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path

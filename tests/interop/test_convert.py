@@ -108,6 +108,15 @@ def test_a_converted_checkpoint_is_one_like_any_other(converted):
         assert_same(flatten(reader.restore(ours.absolute() / "variables")["params"]), flatten(expected))
 
 
+def test_inspect_reads_converted_weights(converted, capsys):
+    for arguments in ([], ["--verify"], ["--step", "0"]):
+        assert run("checkpoint", "inspect", converted[1], *arguments) == 0
+        printed = capsys.readouterr().out
+        assert "patch_decoder" in printed and ("intact" if arguments == ["--verify"] else "complete") in printed
+    assert run("checkpoint", "inspect", converted[1], "--step", "1") == 2
+    assert "which is not step 1" in capsys.readouterr().err
+
+
 def test_a_run_starts_from_converted_weights_on_any_mesh_in_its_own_precision(converted):
     _, expected = published.load_lm(converted[0], np.float32)
     mesh = make_mesh(c.MeshConfig(fsdp=2, tensor=2))
