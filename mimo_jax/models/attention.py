@@ -66,8 +66,8 @@ def attention(
         kv_segments_BS: int32 document of each key; given if and only if `q_segments_BL` is.
         q_positions_BL: int32 positions that causality and window compare; by default the index in the row.
         kv_positions_BS: the same for the keys; given if and only if `q_positions_BL` is.
-        impl: implementation; `auto` takes splash on TPU and triton on GPU where they can, else dense for short rows and
-            chunked for long.
+        impl: implementation; `auto` takes splash on TPU where it can, else dense for short rows and chunked for long.
+            It leaves triton alone, which has been compiled for GPUs but not yet run on one.
 
     Returns:
         [B, L, N, H] in the dtype of the queries. Softmax is float32 (float64 for float64 inputs).
@@ -84,8 +84,6 @@ def attention(
         positions = q_positions_BL is not None
         if jax.default_backend() == "tpu" and _splash_obstacle(q_BLNH, k_BSKH, positions) is None:
             impl = "splash"
-        elif min(L, S) >= _LANES and _triton_obstacle(q_BLNH, k_BSKH, positions) is None:
-            impl = "triton"
         else:
             local = not positions and min(window) >= 0 and 2 * (_MIN_BLOCK + sum(window)) < S
             impl = "chunked" if local or L * S > DENSE_SCORES else "dense"
