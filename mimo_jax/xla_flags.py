@@ -45,6 +45,12 @@ GPU_TENSOR: Mapping[str, str] = {
 }
 
 
+def tpu_flags(tensor: bool, given: str = "") -> dict[str, str]:
+    """The flags for TPUs, but for those that `given` names (a value of LIBTPU_INIT_ARGS)."""
+    named = _named(given)
+    return {k: v for k, v in {**TPU, **(TPU_TENSOR if tensor else {})}.items() if k not in named}
+
+
 def set_flags(environment: MutableMapping[str, str], tensor: bool) -> None:
     """Adds the flags of the accelerators that JAX is installed for.
 
@@ -55,12 +61,16 @@ def set_flags(environment: MutableMapping[str, str], tensor: bool) -> None:
     if environment.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return
     if importlib.util.find_spec("libtpu"):
-        _add(environment, "LIBTPU_INIT_ARGS", {**TPU, **(TPU_TENSOR if tensor else {})})
+        _add(environment, "LIBTPU_INIT_ARGS", tpu_flags(tensor))
     if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         _add(environment, "XLA_FLAGS", {**GPU, **(GPU_TENSOR if tensor else {})})
 
 
 def _add(environment: MutableMapping[str, str], variable: str, flags: Mapping[str, str]) -> None:
-    given = environment.get(variable, "").split()
-    named = {word.removeprefix("--").partition("=")[0] for word in given}
-    environment[variable] = " ".join([*given, *(f"--{k}={v}" for k, v in flags.items() if k not in named)])
+    given = environment.get(variable, "")
+    named = _named(given)
+    environment[variable] = " ".join([*given.split(), *(f"--{k}={v}" for k, v in flags.items() if k not in named)])
+
+
+def _named(given: str) -> set[str]:
+    return {word.removeprefix("--").partition("=")[0] for word in given.split()}

@@ -8,9 +8,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from mimo_jax.planning.hlo import Collective, collectives
 from mimo_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings, unboxed
 from mimo_jax.training import loop, lora
 from mimo_jax.training.language_model import abstract_rows, assemble
+from mimo_jax.xla_flags import tpu_flags
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class Compiled:
     Attributes:
         argument_bytes: what goes in, per device.
         peak_bytes: per device.
-        host_bytes: what it keeps in the host's memory, per device.
         collectives: see `hlo.collectives`.
         seconds: that compiling took, once.
         cached: whether that was earlier.
@@ -44,7 +45,6 @@ class Compiled:
 
     argument_bytes: int
     peak_bytes: int
-    host_bytes: int
     collectives: tuple[Collective, ...]
     seconds: float
     cached: bool = False
@@ -60,7 +60,7 @@ class Compiled:
         values = dict(json.loads(content))
         found = tuple(Collective(**c | {"group": tuple(c["group"])}) for c in values.pop("collectives"))
         result = cls(**values, collectives=found, cached=True)
-        for name in ("argument_bytes", "peak_bytes", "host_bytes", "seconds"):
+        for name in ("argument_bytes", "peak_bytes", "seconds"):
             if not isinstance(getattr(result, name), (int, float)):
                 raise TypeError(name)
         return result
@@ -72,20 +72,26 @@ class Compiler(NamedTuple):
     Attributes:
         cache: folder of earlier answers; None to compile always. An entry is found by a hash of the lowered program
             (what config and source make of each other), of the topology, of the versions of JAX and the compiler, of
-            LIBTPU_INIT_ARGS and of what reads the program. One that cannot be read is made anew.
+            flags and LIBTPU_INIT_ARGS and of what reads the program. One that cannot be read is made anew.
         hlo: file that the text of the compiled program goes to; such programs are compiled always.
     """
 
     cache: Path | None = None
     hlo: str | None = None
 
-    def __call__(self, program: Any, topology: Topology) -> Compiled:
+    def __call__(self, program: Any, topology: Topology, flags: Mapping[str, str] | None = None) -> Compiled:
         """Compiles a lowered program: minutes.
+
+        Args:
+            program: what `lower` gives.
+            topology: where it shall run.
+            flags: of the compiler, as in `xla_flags`. One that it does not know is named on stderr, and left out.
 
         Raises:
             ConfigError: it needs more memory than the devices have.
         """
-        entry = self._entry(program, topology)
+        flags = dict(flags or {})
+        entry = self._entry(program, topology, flags)
         if entry is not None and not self.hlo:
             try:
                 return Compiled.from_json(entry.read_bytes())
@@ -95,7 +101,7 @@ class Compiler(NamedTuple):
         enabled = jax.config.jax_enable_compilation_cache
         jax.config.update("jax_enable_compilation_cache", False)  # such programs cannot be read back
         try:
-            compiled = program.compile()
+            compiled = _compile(program, flags)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -109,7 +115,6 @@ class Compiler(NamedTuple):
         result = Compiled(
             size.argument_size_in_bytes,
             size.peak_memory_in_bytes,
-            size.host_temp_size_in_bytes,
             tuple(collectives(text)),
             time.monotonic() - begin,
         )
@@ -120,14 +125,26 @@ class Compiler(NamedTuple):
                 print(f"plan: {entry.parent}: cannot be written ({error.strerror}), nothing is kept", file=sys.stderr)
         return result
 
-    def _entry(self, program: Any, topology: Topology) -> Path | None:
+    def _entry(self, program: Any, topology: Topology, flags: Mapping[str, str]) -> Path | None:
         if self.cache is None:
             return None
         versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu") if _installed(name)]
         reader = Path(hlo.__file__).read_text("utf-8")  # an entry holds what it read
         parts = [topology.name, str(topology.slices), *versions, reader, program.as_text()]
-        parts += filter(None, [os.environ.get("LIBTPU_INIT_ARGS")])
+        parts += filter(None, [os.environ.get("LIBTPU_INIT_ARGS"), *(f"{k}={flags[k]}" for k in sorted(flags))])
         return self.cache / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.json"
+
+
+def _compile(program: Any, flags: dict[str, str]) -> Any:
+    while True:
+        try:
+            return program.compile(compiler_options=flags or None)
+        except jax.errors.JaxRuntimeError as error:
+            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in flags:
+                raise
+            print(f"plan: this compiler has no flag {unknown[1]}: compiled without it", file=sys.stderr)
+            flags = {k: v for k, v in flags.items() if k != unknown[1]}
 
 
 class DoesNotFitError(ConfigError):
@@ -198,7 +215,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
 
 
 def compile_step(cfg: LMTrainConfig, topology: Topology, compiler: Compiler) -> tuple[Compiled, Mesh]:
-    """Compiles the training step of a job for a TPU topology.
+    """Compiles the training step of a job for a TPU topology, with the flags that `mimo-jax train` sets there.
 
     Raises:
         ConfigError: it cannot be placed, or needs more memory than the devices have (`DoesNotFitError`).
@@ -215,8 +232,9 @@ def compile_step(cfg: LMTrainConfig, topology: Topology, compiler: Compiler) -> 
             frozen = lora.split(job.learnt, job.everything)[0]
             base = loop.with_shardings(unboxed(frozen), shardings(frozen, mesh))
         traced = job.update.trace(state, abstract_rows(cfg, batch_sharding(mesh)), base)
+        flags = tpu_flags(cfg.mesh.tensor != 1, os.environ.get("LIBTPU_INIT_ARGS", ""))  # as `train` sets them
         try:
-            return compiler(traced.lower(lowering_platforms=("tpu",)), topology), mesh
+            return compiler(traced.lower(lowering_platforms=("tpu",)), topology, flags), mesh
         except DoesNotFitError as error:
             raise DoesNotFitError(
                 f"{error} Raise run.accumulation, set compute.patch_chunk or compute.remat=full, or cut the model over "

@@ -110,10 +110,10 @@ def test_a_converted_checkpoint_is_one_like_any_other(converted):
 
 def test_inspect_reads_converted_weights(converted, capsys):
     for arguments in ([], ["--verify"], ["--step", "0"]):
-        assert run("checkpoint", "inspect", converted[1], *arguments) == 0
+        assert main(["checkpoint", "inspect", str(converted[1]), *arguments]) == 0
         printed = capsys.readouterr().out
         assert "patch_decoder" in printed and ("intact" if arguments == ["--verify"] else "complete") in printed
-    assert run("checkpoint", "inspect", converted[1], "--step", "1") == 2
+    assert main(["checkpoint", "inspect", str(converted[1]), "--step", "1"]) == 2
     assert "which is not step 1" in capsys.readouterr().err
 
 

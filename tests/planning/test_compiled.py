@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mimo_jax.chips import parse_topology
-from mimo_jax.planning.compiled import Compiled, Compiler, default_cache
+from mimo_jax.config import MeshConfig
+from mimo_jax.config_files import load_config
+from mimo_jax.planning.compiled import Compiled, Compiler, compile_step, default_cache, tpu_devices
+from mimo_jax.sharding import make_mesh
+from mimo_jax.xla_flags import TPU, TPU_TENSOR, tpu_flags
 
 V5E = parse_topology("v5e:2x2")
 
@@ -20,9 +27,9 @@ class Program:
         self._lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((width, width), jnp.float32))
         self.as_text = self._lowered.as_text
 
-    def compile(self):
+    def compile(self, compiler_options=None):
         self.compiled += 1
-        return self._lowered.compile()
+        return self._lowered.compile(compiler_options)
 
 
 def test_an_answer_is_kept_and_says_so(tmp_path):
@@ -51,7 +58,40 @@ def test_another_program_topology_or_flag_is_another_entry(tmp_path, monkeypatch
         assert not compiler(program, topology).cached
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_latency_hiding_scheduler=true")
     assert not compiler(Program(8), V5E).cached
-    assert len(list(tmp_path.iterdir())) == 4
+    flags = {"xla_backend_optimization_level": "1"}
+    assert not compiler(Program(8), V5E, flags).cached and compiler(Program(8), V5E, flags).cached
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_flag_that_the_compiler_does_not_know_is_named_and_left_out(tmp_path, capsys):
+    program = Program(8)
+    flags = {"xla_backend_optimization_level": "1", "xla_no_such_flag": "true"}
+    assert Compiler(tmp_path)(program, V5E, flags).argument_bytes == 256 and program.compiled == 2
+    assert "no flag xla_no_such_flag: compiled without it" in capsys.readouterr().err
+
+
+def test_the_compiler_for_tpus_takes_the_flags_of_training(monkeypatch, capsys):
+    """And heeds them: a value that is none is refused."""
+    pytest.importorskip("libtpu")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), tpu_devices(V5E))
+    cut = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    program = jax.jit(lambda a, b: a @ b).lower(cut, cut)
+    flags = tpu_flags(tensor=True)
+    assert Compiler()(program, V5E, flags).argument_bytes == 2 * 512 * 512 * 2 // 4
+    assert "compiled without it" not in capsys.readouterr().err
+    for name in flags:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"'maybe' .*{name}"):
+            Compiler()(program, V5E, {name: "maybe"})
+
+
+def test_a_step_is_compiled_with_the_flags_that_training_sets(monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=false")
+    overrides = [f"--config.{s}" for s in ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "compute.attention=chunked")]
+    config = load_config(f"{Path(__file__).parents[2] / 'configs' / 'text.py'}:tiny", overrides)
+    seen, _ = compile_step(config, V5E, lambda program, topology, flags: flags)
+    assert seen == {k: v for k, v in (TPU | TPU_TENSOR).items() if k != "xla_enable_async_all_gather"}
 
 
 def test_text_is_written_of_what_is_compiled_now(tmp_path):
