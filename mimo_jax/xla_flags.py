@@ -16,11 +16,9 @@ from collections.abc import Mapping, MutableMapping
 TPU: Mapping[str, str] = {
     # Communication is begun as early, and awaited as late, as the program allows.
     "xla_tpu_enable_latency_hiding_scheduler": "true",
-    # The gathering of weights is cut into parts, which run inside the matrix products beside it.
+    # Weights are gathered beside matrix products. Not inside them (xla_tpu_enable_async_collective_fusion): compilers
+    # for other generations than v5e refuse that, and which one it is cannot be known here.
     "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     # Sums of gradients between slices: one after another, behind the layers that are still to come.
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
