@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from mimo_jax.training.language_model import LMJob, assemble
 from mimo_jax.training.metrics import summarize
 from mimo_jax.training.optimizer import apply_gradients, make_optimizer, trained
 from mimo_jax.training.state import TrainState
+from mimo_jax.xla_flags import keep_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 _GROUPS = 5
@@ -55,7 +57,8 @@ def reference_job() -> LMTrainConfig:
         patch_decoder=stack(256, 8, 8, 32, 1024),
     )
     data = dataclasses.replace(config.data, rows=1, row_length=512, row_patches=384)
-    compute = dataclasses.replace(config.compute, remat="dots")  # activations are cheaper to compute than to store
+    # Stacked layers would copy what the backward pass reads into the stack and out of it.
+    compute = dataclasses.replace(config.compute, remat="none", scan_layers=False)
     return dataclasses.replace(config, model=model, data=data, compute=compute)
 
 
@@ -216,6 +219,7 @@ def main() -> None:
     cfg = reference_job() if options.reference else load_config(options.config, overrides)
     if not isinstance(cfg, LMTrainConfig) or cfg.lora.rank or (options.reference and overrides):
         parser.error("expected a language-model job without LoRA; --reference takes no settings")
+    keep_memory(os.environ)
     chip = chip_of(jax.devices()[0].device_kind)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {cfg.compute.dtype}")
     results = []

@@ -28,7 +28,7 @@ from mimo_jax.config import (
 )
 from mimo_jax.config_files import load_config
 from mimo_jax.progress import Meter
-from mimo_jax.xla_flags import set_flags
+from mimo_jax.xla_flags import keep_memory, set_flags
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -40,6 +40,7 @@ def run_train(options: argparse.Namespace) -> None:
         )
     if not options.no_xla_flags:
         set_flags(os.environ, tensor=config.mesh.tensor != 1)
+    keep_memory(os.environ)
     import jax
 
     from mimo_jax.training.signals import stop_signal
