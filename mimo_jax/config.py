@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -25,12 +25,29 @@ def require(condition: bool, setting: str, expected: str, got: object) -> None:
         raise ConfigError(f"{setting}: expected {expected}, got {got!r}")
 
 
+class Checked:
+    """Settings that check themselves; `_group` stands before their names in errors."""
+
+    _group = ""
+
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        require(condition, f"{self._group}{name}", expected, getattr(self, name))
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            self._require(getattr(self, name) > 0, name, "a positive integer")
+
+    def _not_negative(self, *names: str) -> None:
+        for name in names:
+            self._require(getattr(self, name) >= 0, name, "a non-negative integer")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Models
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Checked):
     """One stack of pre-norm transformer blocks. Every stack of the system is one of these.
 
     `layernorm` + `gelu` with biases is the audio tokenizer's block; `rmsnorm` + `swiglu` with q/k/v biases is the
@@ -56,16 +73,11 @@ class TransformerConfig:
     rope_theta: float = 640_000.0
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "num_layers", "num_heads", "head_dim", "d_ff", "num_kv_heads"):
-            require(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_kv_heads",
-            f"a divisor of num_heads {self.num_heads}",
-            self.num_kv_heads,
-        )
-        require(self.head_dim % 2 == 0, "head_dim", "an even number (rotary embedding)", self.head_dim)
-        require(len(self.window) == 2 and min(self.window) >= -1, "window", "(left, right), each >= -1", self.window)
+        self._positive("d_model", "num_layers", "num_heads", "head_dim", "d_ff", "num_kv_heads")
+        divides = self.num_heads % self.num_kv_heads == 0
+        self._require(divides, "num_kv_heads", f"a divisor of num_heads {self.num_heads}")
+        self._require(self.head_dim % 2 == 0, "head_dim", "an even number (rotary embedding)")
+        self._require(len(self.window) == 2 and min(self.window) >= -1, "window", "(left, right), each >= -1")
 
     @staticmethod
     def qwen2(
@@ -76,19 +88,9 @@ class TransformerConfig:
         d_ff: int,
         num_kv_heads: int | None = None,
         causal: bool = True,
-        rope_theta: float = 640_000.0,
     ) -> TransformerConfig:
         """A stack of Qwen2 blocks (LLM, patch encoder, patch decoder, A2T decoder)."""
-        return TransformerConfig(
-            d_model=d_model,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            d_ff=d_ff,
-            num_kv_heads=num_kv_heads or num_heads,
-            causal=causal,
-            rope_theta=rope_theta,
-        )
+        return TransformerConfig(d_model, num_layers, num_heads, head_dim, d_ff, num_kv_heads or num_heads, causal)
 
     @staticmethod
     def codec(
@@ -101,21 +103,15 @@ class TransformerConfig:
         norm: Literal["layernorm", "rmsnorm"] = "layernorm",
     ) -> TransformerConfig:
         """A stack of the audio tokenizer's blocks: LayerNorm, GELU, q/v/out biased and k not, theta 10000."""
+        sizes = (d_model, num_layers, num_heads, d_model // num_heads, d_ff, num_heads)
         return TransformerConfig(
-            d_model=d_model,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            head_dim=d_model // num_heads,
-            d_ff=d_ff,
-            num_kv_heads=num_heads,
+            *sizes,
             causal=causal,
             norm=norm,
             norm_eps=1e-5 if norm == "layernorm" else 1e-6,
             mlp="gelu",
             mlp_bias=True,
-            q_bias=True,
             k_bias=False,
-            v_bias=True,
             out_bias=True,
             window=window,
             rope_theta=10_000.0,
@@ -151,7 +147,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class MelConfig:
+class MelConfig(Checked):
     """Log-mel spectrogram: HTK scale, no filter norm, magnitude, log(max(x, floor)). Frequencies in Hz."""
 
     sample_rate: int = 24_000
@@ -164,16 +160,14 @@ class MelConfig:
     floor: float = 1e-7
 
     def __post_init__(self) -> None:
-        require(0 < self.win_length <= self.n_fft, "win_length", f"1..n_fft ({self.n_fft})", self.win_length)
-        require(
-            0 < self.hop_length <= self.win_length, "hop_length", f"1..win_length ({self.win_length})", self.hop_length
-        )
+        self._require(0 < self.win_length <= self.n_fft, "win_length", f"1..n_fft ({self.n_fft})")
+        self._require(0 < self.hop_length <= self.win_length, "hop_length", f"1..win_length ({self.win_length})")
         top = self.sample_rate / 2 if self.f_max is None else self.f_max
-        require(0 <= self.f_min < top <= self.sample_rate / 2, "f_max", "f_min < f_max <= sample_rate / 2", self.f_max)
+        self._require(0 <= self.f_min < top <= self.sample_rate / 2, "f_max", "f_min < f_max <= sample_rate / 2")
 
 
 @dataclass(frozen=True)
-class RVQConfig:
+class RVQConfig(Checked):
     """Residual vector quantiser, learned by exponential moving averages (report section 2.1; released code).
 
     Attributes:
@@ -199,17 +193,10 @@ class RVQConfig:
     reference_quirks: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            len(self.codebook_sizes) > 0 and min(self.codebook_sizes) > 1,
-            "codebook_sizes",
-            "sizes > 1",
-            self.codebook_sizes,
-        )
+        self._require(min(self.codebook_sizes, default=0) > 1, "codebook_sizes", "sizes > 1")
         require(max(self.codebook_sizes) <= 65_535, "codebook_sizes", "sizes that fit uint16", max(self.codebook_sizes))
-        require(0 < self.ema_decay < 1, "ema_decay", "a number in (0, 1)", self.ema_decay)
-        require(
-            0 <= self.dropout_probability <= 1, "dropout_probability", "a number in [0, 1]", self.dropout_probability
-        )
+        self._require(0 < self.ema_decay < 1, "ema_decay", "a number in (0, 1)")
+        self._require(0 <= self.dropout_probability <= 1, "dropout_probability", "a number in [0, 1]")
 
     @property
     def num_levels(self) -> int:
@@ -217,7 +204,7 @@ class RVQConfig:
 
 
 @dataclass(frozen=True)
-class AudioTokenizerConfig:
+class AudioTokenizerConfig(Checked):
     """Audio tokenizer: mel encoder, RVQ, decoder to a coarse mel, vocoder (report section 2.1).
 
     Attributes:
@@ -240,21 +227,12 @@ class AudioTokenizerConfig:
     resampler: Literal["soxr", "sinc"] = "soxr"
 
     def __post_init__(self) -> None:
-        require(
-            self.encoder.d_model == self.decoder.d_model,
-            "decoder.d_model",
-            f"encoder.d_model ({self.encoder.d_model})",
-            self.decoder.d_model,
-        )
-        if self.encoder_skip_layer is not None:
-            require(
-                1 <= self.encoder_skip_layer < self.encoder.num_layers,
-                "encoder_skip_layer",
-                f"1..{self.encoder.num_layers - 1}",
-                self.encoder_skip_layer,
-            )
-        require(self.stem_stride == 2, "stem_stride", "2", self.stem_stride)
-        require(self.pool in (1, 2), "pool", "1 or 2", self.pool)
+        wide, decoded = self.encoder.d_model, self.decoder.d_model
+        require(wide == decoded, "decoder.d_model", f"encoder.d_model ({wide})", decoded)
+        skip, layers = self.encoder_skip_layer, self.encoder.num_layers
+        self._require(skip is None or 1 <= skip < layers, "encoder_skip_layer", f"1..{layers - 1}")
+        self._require(self.stem_stride == 2, "stem_stride", "2")
+        self._require(self.pool in (1, 2), "pool", "1 or 2")
 
     @property
     def mel_frames_per_code(self) -> int:
@@ -289,22 +267,15 @@ class AudioTokenizerConfig:
         """Forward FLOPs of encoding, and decoding, one RVQ frame of a clip of `num_codes` frames."""
         d, n_mels, v = self.encoder.d_model, self.mel.n_mels, self.vocoder.d_model
         mid, mel = self.pool, self.mel_frames_per_code
-        encoder = (
-            mel * 6.0 * n_mels * d
-            + mid * (6.0 * d * d + self.encoder.flops_per_position(num_codes * mid))
-            + 2.0 * mid * d * d
-        )
+        encoder = mel * 6.0 * n_mels * d + mid * (6.0 * d * d + self.encoder.flops_per_position(num_codes * mid))
+        encoder += 2.0 * mid * d * d
         rvq = 2.0 * sum(self.rvq.codebook_sizes) * d
         if not decode:
             return encoder + rvq
-        decoder = (
-            2.0 * mid * d * d
-            + mid * self.decoder.flops_per_position((num_codes * mid + 1) / 2)
-            + mid * 6.0 * d * n_mels
-        )
-        vocoder = mel * (
-            2.0 * n_mels * v + self.vocoder.flops_per_position(num_codes * mel) + 2.0 * v * (self.mel.n_fft + 2)
-        )
+        decoder = 2.0 * mid * d * d + mid * self.decoder.flops_per_position((num_codes * mid + 1) / 2)
+        decoder += mid * 6.0 * d * n_mels
+        vocoder = 2.0 * n_mels * v + self.vocoder.flops_per_position(num_codes * mel) + 2.0 * v * (self.mel.n_fft + 2)
+        vocoder *= mel
         return encoder + rvq + decoder + vocoder
 
 
@@ -321,7 +292,7 @@ class A2TConfig:
 
 
 @dataclass(frozen=True)
-class AudioLMConfig:
+class AudioLMConfig(Checked):
     """Audio language model: patch encoder, LLM, patch decoder (report section 2.2).
 
     Attributes:
@@ -343,17 +314,11 @@ class AudioLMConfig:
     delays: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.empty_id < self.vocab_size, "empty_id", f"an id below vocab_size {self.vocab_size}", self.empty_id
-        )
-        require(
-            len(self.delays) == len(self.codebook_sizes),
-            "delays",
-            f"one delay for each of {len(self.codebook_sizes)} channels",
-            self.delays,
-        )
-        require(min(self.delays) == 0, "delays", "a smallest delay of 0", self.delays)
-        require(self.group_size > 0, "group_size", "a positive integer", self.group_size)
+        self._require(0 <= self.empty_id < self.vocab_size, "empty_id", f"an id below vocab_size {self.vocab_size}")
+        channels = self.num_channels
+        self._require(len(self.delays) == channels, "delays", f"one delay for each of {channels} channels")
+        self._require(min(self.delays) == 0, "delays", "a smallest delay of 0")
+        self._positive("group_size")
         require(self.llm.causal and self.patch_decoder.causal, "causal", "causal LLM and patch decoder", False)
 
     @property
@@ -419,7 +384,7 @@ class DiscriminatorConfig:
 
 
 @dataclass(frozen=True)
-class ComputeConfig:
+class ComputeConfig(Checked):
     """Precision and memory. Nothing here changes what is computed, only how.
 
     Attributes:
@@ -443,9 +408,11 @@ class ComputeConfig:
     patch_chunk: int = 0
     logits_chunk: int = 2**26
 
+    _group = "compute."
+
     def __post_init__(self) -> None:
-        require(self.patch_chunk >= 0, "compute.patch_chunk", "at least 0", self.patch_chunk)
-        require(self.logits_chunk > 0, "compute.logits_chunk", "a positive number", self.logits_chunk)
+        self._not_negative("patch_chunk")
+        self._positive("logits_chunk")
 
 
 @dataclass(frozen=True)
@@ -463,7 +430,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW with global-norm clipping. Decay acts on matrices only (not on norms, biases and embeddings of codes).
 
     Attributes:
@@ -493,19 +460,19 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
-            require(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
+            self._require(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
         for name in ("eps", "clip_norm"):
-            require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
-        require(self.weight_decay >= 0, "weight_decay", "a non-negative number", self.weight_decay)
-        require(self.spike_sigmas >= 0, "spike_sigmas", "a non-negative number", self.spike_sigmas)
-        require(1 < self.spike_window <= 2**20, "spike_window", "2..2^20 steps", self.spike_window)
-        require(self.warmup_tokens >= 0, "warmup_tokens", "a non-negative integer", self.warmup_tokens)
-        require(0 <= self.warmup_fraction < 1, "warmup_fraction", "a number in [0, 1)", self.warmup_fraction)
-        require(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]", self.final_fraction)
+            self._require(getattr(self, name) > 0, name, "a positive number")
+        self._require(self.weight_decay >= 0, "weight_decay", "a non-negative number")
+        self._require(self.spike_sigmas >= 0, "spike_sigmas", "a non-negative number")
+        self._require(1 < self.spike_window <= 2**20, "spike_window", "2..2^20 steps")
+        self._not_negative("warmup_tokens")
+        self._require(0 <= self.warmup_fraction < 1, "warmup_fraction", "a number in [0, 1)")
+        self._require(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """Length, seeds and rhythm of a run, in optimiser steps.
 
     Attributes:
@@ -542,34 +509,21 @@ class RunConfig:
     rollback_after: int = 0
     max_rollbacks: int = 3
 
-    def __post_init__(self) -> None:
-        require(self.steps > 0 or self.tokens > 0, "run.steps", "a positive integer, or run.tokens instead", self.steps)
-        for name in (
-            *("steps", "tokens", "keep_every_tokens", "keep_best", "rollback_after", "max_rollbacks"),
-            *("eval_batches", "data_threads"),
-        ):
-            require(getattr(self, name) >= 0, f"run.{name}", "a non-negative integer", getattr(self, name))
-        require(self.steps < 2**31, "run.steps", "fewer than 2^31", self.steps)
-        require(abs(self.seed) < 2**63, "run.seed", "an integer of 64 bits", self.seed)
-        # Clocks of the system take no more.
-        require(0 < self.grace_seconds < 1e9, "run.grace_seconds", "a positive number below 1e9", self.grace_seconds)
-        require(0 <= self.hang_seconds < 1e9, "run.hang_seconds", "at least 0 and below 1e9", self.hang_seconds)
-        for name in (
-            "accumulation",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "max_bad_steps",
-        ):
-            require(getattr(self, name) > 0, f"run.{name}", "a positive integer", getattr(self, name))
+    _group = "run."
 
-        require(
-            self.rollback_after < self.max_bad_steps,
-            "run.rollback_after",
-            f"less than run.max_bad_steps ({self.max_bad_steps})",
-            self.rollback_after,
-        )
+    def __post_init__(self) -> None:
+        self._require(self.steps > 0 or self.tokens > 0, "steps", "a positive integer, or run.tokens instead")
+        self._not_negative("steps", "tokens", "keep_every_tokens", "keep_best", "rollback_after", "max_rollbacks")
+        self._not_negative("eval_batches", "data_threads")
+        self._require(self.steps < 2**31, "steps", "fewer than 2^31")
+        self._require(abs(self.seed) < 2**63, "seed", "an integer of 64 bits")
+        # Clocks of the system take no more.
+        self._require(0 < self.grace_seconds < 1e9, "grace_seconds", "a positive number below 1e9")
+        self._require(0 <= self.hang_seconds < 1e9, "hang_seconds", "at least 0 and below 1e9")
+        self._positive("accumulation", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+        self._positive("max_bad_steps")
+        fewer = f"less than run.max_bad_steps ({self.max_bad_steps})"
+        self._require(self.rollback_after < self.max_bad_steps, "rollback_after", fewer)
 
     @property
     def patience(self) -> int:
@@ -617,13 +571,12 @@ class LayoutWeights:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Checked):
     """One shard set, the share of positions it contributes, and the layouts its records become.
 
     Attributes:
         path: folder of the shard set.
         weight: share among the sources (they need not sum to 1).
-        layouts: see there.
         changes: (tokens, weight) in ascending order: from the first block of documents on that begins at or after so
             many positions of rows, the source has that weight. On the command line as `1e9:0.5,2e9:0`.
     """
@@ -634,10 +587,10 @@ class SourceConfig:
     changes: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight", "a non-negative number", self.weight)
+        self._require(self.weight >= 0, "weight", "a non-negative number")
         pairs = all(len(pair) == 2 and pair[0] > 0 and pair[1] >= 0 for pair in self.changes)
         at = [pair[0] for pair in self.changes]
-        require(pairs and at == sorted(set(at)), "changes", "(tokens, weight) in ascending order", self.changes)
+        self._require(pairs and at == sorted(set(at)), "changes", "(tokens, weight) in ascending order")
 
     def weight_at(self, tokens: float) -> float:
         """Its weight from so many tokens on."""
@@ -650,7 +603,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class LMDataConfig:
+class LMDataConfig(Checked):
     """Rows of the language model.
 
     Attributes:
@@ -674,25 +627,21 @@ class LMDataConfig:
     block_documents: int = 4096
     target_conditioning: bool = True
 
+    _group = "data."
+
     def __post_init__(self) -> None:
-        require(self.rows > 0, "data.rows", "a positive integer", self.rows)
+        self._positive("rows", "block_documents")
         for name, source in self.validation.items():
             require(not source.changes, f"data.validation.{name}.changes", "none", source.changes)
         times = sorted({at for source in self.sources.values() for at, _ in source.changes})
         for at in (0.0, *times) if times else ():
             weights = [source.weight_at(at) for source in self.sources.values()]
             require(any(weights), "data.sources", f"a source with a positive weight from {at:,.0f} tokens on", weights)
-        require(
-            0 <= self.row_patches <= self.row_length,
-            "data.row_patches",
-            f"0..row_length ({self.row_length})",
-            self.row_patches,
-        )
-        require(self.block_documents > 0, "data.block_documents", "a positive integer", self.block_documents)
+        self._require(0 <= self.row_patches <= self.row_length, "row_patches", f"0..row_length ({self.row_length})")
 
 
 @dataclass(frozen=True)
-class AudioDataConfig:
+class AudioDataConfig(Checked):
     """Rows of the audio tokenizer: whole utterances packed by RVQ frames and text tokens.
 
     Attributes:
@@ -715,11 +664,13 @@ class AudioDataConfig:
     max_seconds: float = 30.0
     block_documents: int = 1024
 
+    _group = "data."
+
     def __post_init__(self) -> None:
-        require(self.rows > 0, "data.rows", "a positive integer", self.rows)
-        require(self.row_codes > 1, "data.row_codes", "at least 2 RVQ frames", self.row_codes)
-        require(self.row_text >= 0, "data.row_text", "a non-negative integer", self.row_text)
-        require(self.max_seconds > 0, "data.max_seconds", "a positive number of seconds", self.max_seconds)
+        self._positive("rows")
+        self._require(self.row_codes > 1, "row_codes", "at least 2 RVQ frames")
+        self._not_negative("row_text")
+        self._require(self.max_seconds > 0, "max_seconds", "a positive number of seconds")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -745,15 +696,27 @@ class TokenizerLossConfig:
     a2t_reduction: Literal["mean", "sum"] = "mean"
 
 
-def _settle_length(job: TokenizerTrainConfig | AdversarialTrainConfig | LMTrainConfig) -> None:
-    """Derives the steps of a job whose length is given in tokens."""
+def _settle_length(job: Any) -> None:
+    """Derives the steps of a training job whose length is given in tokens."""
     object.__setattr__(job, "run", job.run.counted(job.tokens_per_step))
     tokens, warmup = job.run.steps * job.tokens_per_step, job.optimizer.warmup_tokens
     require(warmup < tokens, "optimizer.warmup_tokens", f"fewer than the {tokens} tokens of the run", warmup)
 
 
+class _AudioTraining:
+    data: AudioDataConfig
+
+    def __post_init__(self) -> None:
+        _settle_length(self)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """RVQ frames of the rows of a step."""
+        return self.data.rows * self.data.row_codes
+
+
 @dataclass(frozen=True)
-class TokenizerTrainConfig:
+class TokenizerTrainConfig(_AudioTraining):
     """Tokenizer stage 1: unified representation learning."""
 
     model: AudioTokenizerConfig
@@ -767,17 +730,9 @@ class TokenizerTrainConfig:
     mesh: MeshConfig = MeshConfig()
     job: Literal["tokenizer"] = "tokenizer"
 
-    def __post_init__(self) -> None:
-        _settle_length(self)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """RVQ frames of the rows of a step."""
-        return self.data.rows * self.data.row_codes
-
 
 @dataclass(frozen=True)
-class AdversarialTrainConfig:
+class AdversarialTrainConfig(_AudioTraining):
     """Tokenizer stage 2: decoder and vocoder against the discriminators, from a stage-1 checkpoint."""
 
     model: AudioTokenizerConfig
@@ -795,26 +750,20 @@ class AdversarialTrainConfig:
     mesh: MeshConfig = MeshConfig()
     job: Literal["tokenizer_adversarial"] = "tokenizer_adversarial"
 
-    def __post_init__(self) -> None:
-        _settle_length(self)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """RVQ frames of the rows of a step."""
-        return self.data.rows * self.data.row_codes
-
 
 @dataclass(frozen=True)
-class LearningRates:
+class LearningRates(Checked):
     """Peak learning rate of each part; 0 freezes it."""
 
     llm: float
     patch_encoder: float = 0.0
     patch_decoder: float = 0.0
 
+    _group = "learning_rates."
+
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            require(value >= 0, f"learning_rates.{name}", "a non-negative number", value)
+            self._require(value >= 0, name, "a non-negative number")
 
 
 @dataclass(frozen=True)
@@ -838,12 +787,11 @@ class LMLossConfig:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Checked):
     """Low-rank branches beside frozen matrices: y = x W + alpha / rank (x A) B. Rank 0 trains the matrices themselves.
 
     Attributes:
         rank: columns of A, rows of B.
-        alpha: see above.
         targets: names of the matrices that get one.
         tables: whether the tables and heads of text and audio are trained in full beside them.
     """
@@ -851,18 +799,14 @@ class LoRAConfig:
     rank: int = 0
     alpha: float = 32.0
     targets: tuple[Literal["q", "k", "v", "out", "up", "gate", "down", "projection", "input", "codes"], ...] = (
-        "q",
-        "k",
-        "v",
-        "out",
-        "up",
-        "gate",
-        "down",
+        *("q", "k", "v", "out", "up", "gate", "down"),
     )  # every layer of every stack
     tables: bool = False
 
+    _group = "lora."
+
     def __post_init__(self) -> None:
-        require(self.rank >= 0, "lora.rank", "a non-negative integer", self.rank)
+        self._not_negative("rank")
 
     @property
     def scale(self) -> float:
@@ -895,32 +839,19 @@ class LMTrainConfig:
 
     def __post_init__(self) -> None:
         _settle_length(self)
+        channels, weights = self.model.num_channels, self.loss.channel_weights
         require(
-            len(self.loss.channel_weights) == self.model.num_channels,
-            "loss.channel_weights",
-            f"one weight for each of {self.model.num_channels} channels",
-            self.loss.channel_weights,
+            len(weights) == channels, "loss.channel_weights", f"one weight for each of {channels} channels", weights
         )
         require(self.init_from != "" or not self.lora.rank, "init_from", "the checkpoint that adapters stand on", "")
-        require(
-            self.data.rows % self.run.accumulation == 0,
-            "run.accumulation",
-            f"a divisor of data.rows ({self.data.rows})",
-            self.run.accumulation,
-        )
-        require(
-            self.loss.trains_audio or self.learning_rates.patch_decoder == 0,
-            "learning_rates.patch_decoder",
-            "0, since no audio channel has a loss weight",
-            self.learning_rates.patch_decoder,
-        )
+        rows, parts = self.data.rows, self.run.accumulation
+        require(rows % parts == 0, "run.accumulation", f"a divisor of data.rows ({rows})", parts)
         if self.loss.trains_audio:
-            require(
-                self.data.row_patches > 0,
-                "data.row_patches",
-                "a positive patch budget, since audio channels have loss weights",
-                0,
-            )
+            expected = "a positive patch budget, since audio channels have loss weights"
+            require(self.data.row_patches > 0, "data.row_patches", expected, 0)
+        else:
+            rate, expected = self.learning_rates.patch_decoder, "0, since no audio channel has a loss weight"
+            require(rate == 0, "learning_rates.patch_decoder", expected, rate)
 
 
 @dataclass(frozen=True)
