@@ -113,9 +113,7 @@ def decode_files(
     """Decodes files of codes into `out`/NAME-decoded.wav, with progress on stderr; returns the paths.
 
     Args:
-        files: files of codes.
         load: from the keywords `segment_seconds` and `reference_quirks` to a codec.
-        out: folder, made if missing.
         chunk_seconds: decode in steps of this length, as if the codes were coming in, and say how far streaming looks
             ahead; with the published norm it gives another wave, and how far the first minute is off is measured and
             said too. By default segments are decoded whole.

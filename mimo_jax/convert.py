@@ -211,11 +211,8 @@ def import_published(
 
     Args:
         source: folder with config.json, safetensors and, for language models, tokenizer.json.
-        out: folder to make.
         like: for a text model, FILE:SIZE of a language model config, whose patch encoder, patch decoder, codebooks and
             delays the new model has.
-        seed: of the new parameters.
-        progress: report on stderr.
 
     Raises:
         ConfigError, SafetensorsError, TextTokenizerError: the folder does not hold what it should.
@@ -447,10 +444,7 @@ def export_published(
 
     Args:
         source: working directory of a run, or a checkpoint.
-        out: folder to make.
         step: of a run, the newest intact one by default.
-        shard_bytes: largest file.
-        progress: report on stderr.
 
     Raises:
         ConfigError: the published format cannot express the model.

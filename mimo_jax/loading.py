@@ -21,7 +21,6 @@ def load_codec(checkpoint: str | os.PathLike[str], step: int | None = None, **op
     """The audio tokenizer of a tokenizer run, or a converted one.
 
     Args:
-        checkpoint: working directory of the run, or a checkpoint.
         step: step to load, the newest intact one by default.
         options: `segment_seconds` and `reference_quirks` of the codec.
 

@@ -11,10 +11,7 @@ class Meter:
     """Prints a line every few seconds.
 
     Args:
-        total: amount of work, in any unit.
         line: (amount done, amount per second) -> what to print before the time that is left.
-        on: False prints nothing.
-        every: seconds between lines.
     """
 
     def __init__(self, total: float, line: Callable[[float, float], str], on: bool = True, every: float = 5.0) -> None:

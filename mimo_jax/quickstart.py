@@ -75,11 +75,8 @@ def run_quickstart(
     """Runs what has not run yet and writes `OUT/report.html`; returns its path.
 
     Args:
-        out: folder for everything.
         audio: folders with recordings of the user, to train on as well (`corpora.synthetic`).
-        minutes: synthetic training speech.
         steps_scale: factor on the training steps of `configs/*.py:tiny`; 1 is what the measurements are meant for.
-        say: takes a line of progress.
 
     Raises:
         SynthError: the extra `synth` is not installed.

@@ -83,7 +83,6 @@ def stft(wav: jax.Array, config: MelConfig, *, normalized: bool = False, count: 
 
     Args:
         wav: [..., S], float32 or float64 (narrower floats are widened to float32).
-        config: `n_fft`, `win_length` and `hop_length` are used.
         normalized: divide by the root of the window's energy.
         count: number of frames T; S // hop by default.
     """

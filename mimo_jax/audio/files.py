@@ -55,8 +55,6 @@ def load_audio(
     """Reads a file as mono (mean of the channels) at `sample_rate`: float32 [S].
 
     Args:
-        path: the file.
-        sample_rate: Hz.
         resampler: `soxr` (see `resample`), or `sinc`, which the published models' inputs went through.
 
     Raises:
@@ -104,9 +102,7 @@ def save_wav(path: str | os.PathLike[str], wav: np.ndarray, sample_rate: int) ->
     """Writes a mono wave as 16-bit PCM WAV, atomically; values beyond -1..1 are clipped.
 
     Args:
-        path: file to write; missing folders are made.
         wav: float [S]. A wave that was read from 16-bit PCM is written back without loss.
-        sample_rate: Hz.
 
     Raises:
         AudioError: the wave is not one-dimensional or not finite, or the rate is impossible.

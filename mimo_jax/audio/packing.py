@@ -55,7 +55,6 @@ def write_frames(
         row_wav_S: float row, written in place.
         row_segment_ids_T: int32 row at 100 Hz, written in place.
         start_code: first RVQ frame of the slot.
-        padded: the whole clip after `reflect_pad`.
         first_frame, num_frames: mel frames of the clip.
         segment: id of the segment, 1 or more.
 

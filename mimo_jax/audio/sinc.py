@@ -19,11 +19,6 @@ def resample_sinc(wav: np.ndarray, source_rate: int, target_rate: int) -> np.nda
     Output sample j lies at input sample j * source / target; the input is zero beyond its ends. Samples at the lower
     rate are worth 1 / 0.99 of a zero crossing.
 
-    Args:
-        wav: float [S].
-        source_rate: Hz.
-        target_rate: Hz.
-
     Returns:
         float32 [ceil(S * target_rate / source_rate)].
     """

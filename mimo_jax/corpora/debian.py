@@ -59,12 +59,8 @@ def prepare_debian(
     """Writes WAV files, `train.jsonl` and `validation.jsonl` of the packages that are installed.
 
     Args:
-        folder: where to write.
         root: where the packages are installed, or unpacked with `dpkg-deb -x`.
-        languages: of the Asterisk prompts.
-        festvox: whether to include festvox-ru.
         min_characters: shorter transcripts are left out (many prompts are single words).
-        progress: takes a line now and then.
 
     Raises:
         FileNotFoundError: none of the packages is installed (the message says how to install them).

@@ -72,14 +72,11 @@ def build_corpus(
     """Builds the corpus.
 
     Args:
-        folder: where it is written.
         sentences: what to speak; the package's own by default.
         minutes: synthetic speech to make for training. Every sentence is spoken once before any is spoken again.
-        validation_sentences: sentences that are held out, in speech and in text.
         recorded: manifests of recorded speech to include (missing ones are skipped); every fifth clip is held out.
         audio: folders with recordings of the user, any format that is read; the transcript of `x.wav` is `x.txt` beside
             it, if there is one. Every tenth recording is held out.
-        progress: takes a line now and then.
 
     Raises:
         SynthError: speech cannot be synthesised.

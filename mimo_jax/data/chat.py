@@ -124,7 +124,6 @@ def instruct_tts(
         text: what to say; without an instruction, a description of style and words in free form.
         template: wording of the request, with an instruction.
         instruction: style.
-        voice_MR: codes of a recording whose voice to take.
     """
     contents = [STYLE_SYSTEM] if voice_MR is None else [STYLE_VOICE_SYSTEM, Speech(voice_MR)]
     wanted = capitalize(text) if instruction is None else f"{template}: {capitalize(text)}({instruction})"
@@ -150,7 +149,6 @@ def dialogue(
             assistant's texts or Streams.
         thinking: None where the answer is a Stream; else as in `opening`.
         system: how to behave; it stands in the first turn of the user.
-        voice_MR: codes of a recording whose voice to take.
     """
     segments = list(voice(voice_MR)) if voice_MR is not None else []
     for number, content in enumerate(turns):
@@ -186,9 +184,6 @@ def render(
 
     Args:
         segments: what to render; the last frame of codes is repeated to fill the last patch.
-        tokenizer: text tokenizer of the model.
-        group_size: frames G of a patch.
-        num_channels: channels R of the model.
 
     Raises:
         ConfigError: codes are not integers [M >= 1, >= R].

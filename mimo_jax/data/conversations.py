@@ -118,11 +118,6 @@ def _parse(data: bytes, where: str) -> Any:
 def check_conversation(values: Any, where: str, folder: Path) -> Conversation:
     """Checks one conversation.
 
-    Args:
-        values: parsed JSON.
-        where: its place, for errors.
-        folder: what audio paths are relative to.
-
     Raises:
         ManifestError: it is not in the template; names the field.
     """

@@ -111,11 +111,9 @@ def ingest_audio(
     """Tokenises the recordings of a manifest into a shard set.
 
     Args:
-        manifest: JSONL manifest (`mimo_jax.data.manifest`).
         codec: audio tokenizer: `encode(list of float32 [S]) -> list of uint16 [M, R]`, `config`, `fingerprint`.
         out: folder of the set; new, or one that the same ingest has begun.
         threads: threads that decode audio.
-        options: see `Options`.
 
     Returns:
         The finished set, or None if other workers have shards left to make.
@@ -139,7 +137,6 @@ def ingest_conversations(
     A conversation of which a recording cannot be used is left out.
 
     Args:
-        conversations: file in the template (`mimo_jax.data.conversations`).
         codec, out, threads, options: as for `ingest_audio`.
     """
     join = functools.partial(_conversation_records, num_levels=codec.config.rvq.num_levels)
@@ -161,7 +158,6 @@ def ingest_text(
         out: folder of the set; new, or one that the same ingest has begun.
         split: documents of a text file: separated by blank lines, one a line, or the whole file.
         language: language tag of documents that do not have their own.
-        options: see `Options`.
 
     Returns:
         The finished set, or None if other workers have shards left to make.
@@ -423,7 +419,6 @@ class _Ingest:
 
     Args:
         settings: what decides the contents; `kind` and, of codes, `codebook_sizes`, `frame_rate` and `tokenizer`.
-        inputs: how many there are.
         read: (start, stop) -> a record or the reason that there is none for each of these inputs.
     """
 

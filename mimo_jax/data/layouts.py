@@ -121,8 +121,6 @@ class Layouts:
     """Plans and fills documents for one text tokenizer, model and row size.
 
     Args:
-        tokenizer: text tokenizer.
-        group_size: frames G of a patch.
         num_channels: RVQ channels R that the model reads; deeper levels of a record are left out.
         row_length: positions L of a row, the longest piece.
         row_patches: patch budget C of a row, the most patches of a piece.
@@ -216,7 +214,6 @@ class Layouts:
 
         Args:
             task: layout, an index into `TASKS`.
-            entry: lengths of the record.
             key: random key of the document, from which an interleaved one draws its spans.
         """
         return [piece_lengths(piece) for piece in self.plan(task, entry, key)]
@@ -366,11 +363,6 @@ class Layouts:
 
     def fill(self, task: int, piece: Piece, record: Record) -> Document:
         """Turns a planned piece into a document by tokenising the record's texts and slicing its codes.
-
-        Args:
-            task: layout of the document.
-            piece: one of the pieces that `plan` gave for this record.
-            record: the record.
 
         Raises:
             DataError: the record is not the one that was planned with.

@@ -29,10 +29,6 @@ class ShardSource:
     """One shard set as a source of documents: chooses layouts, knows lengths, reads and fills.
 
     Args:
-        name: name of the source in the config.
-        config: its settings.
-        shards: the open shard set.
-        layouts: the planner.
         tokenizer: text tokenizer, whose lengths index the set must have.
 
     Raises:
@@ -145,9 +141,6 @@ def assemble_row(
 
     Args:
         documents: at most `row_length` positions and `row_patches` patches in all.
-        row_length: L.
-        row_patches: C.
-        model: sizes and `<|empty|>` id.
         empty_weight: weight of a text target that is `<|empty|>` (`LMLossConfig.empty_weight`).
 
     Returns:
@@ -194,12 +187,10 @@ def lm_loader(
     """Opens the rows of a language-model job.
 
     Args:
-        cfg: the job.
         split: `train`: endless, mixed by the sources' weights; `validation`: every record of the held-out sets once,
             layouts drawn by a seed of their own, in an order that never changes.
         tokenizer: text tokenizer; loaded from `cfg.data.text_tokenizer` when not given.
         process_index: which part of each global batch to read; JAX's process by default.
-        process_count: number of parts; JAX's processes by default.
         verify: compare the shards with their checksums first.
 
     Returns:
@@ -299,10 +290,7 @@ def check_codes(
     """Checks that a shard set's codes are ones the model reads and of the same audio tokenizer as the other sets'.
 
     Args:
-        name: name of the source.
         config: its settings; where text is the only layout, codes are not looked at.
-        info: the manifest of its shard set.
-        model: sizes of the channels it reads.
         known: (audio tokenizer fingerprint, source name) of the sets before, or two empty strings.
 
     Returns:

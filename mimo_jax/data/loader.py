@@ -26,10 +26,7 @@ class RowLoader:
     Args:
         plan: numbers the rows.
         make_row: assembles one row, arrays without the batch axis, from its documents; called from several threads.
-        empty: a row that holds nothing.
-        rows: rows of the global batch.
         fingerprint: what determines the stream: a run continues only where it is the same.
-        process_index: which part of the batch to read; JAX's process by default.
         process_count: number of parts, a divisor of `rows`; JAX's processes by default.
         threads: threads that read; 0 reads when asked.
         one_pass: end after every row of the plan was read.

@@ -219,10 +219,6 @@ class RowPlan:
     def start_from(self, block: int, row: int, phases: Sequence[int] = ()) -> None:
         """Tells the plan that `row` is the first row of `block` (as `locate` answered before), so it need not count.
 
-        Args:
-            block, row: from `locate`.
-            phases: from `phases`.
-
         Raises:
             DataError: they do not fit the changes of weights.
         """

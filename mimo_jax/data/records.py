@@ -121,9 +121,7 @@ def decode_record(data: bytes, num_levels: int, where: str = "record") -> Record
     """Reads what `encode_record` wrote.
 
     Args:
-        data: the serialised record.
         num_levels: RVQ levels of the shard set (0 for text).
-        where: name of the record's place, for the error.
 
     Raises:
         DataError: a feature is missing or has the wrong size.

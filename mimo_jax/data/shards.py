@@ -202,7 +202,6 @@ class ShardSet:
         fingerprint: first 16 hexadecimal digits of the SHA-256 of the manifest, so of all that is stored.
 
     Args:
-        path: folder of the set.
         verify: also read every shard and compare its SHA-256.
 
     Raises:
@@ -404,11 +403,6 @@ def record_entry(record: Record, tokenizer: Any, frame_rate: float) -> IndexEntr
 
 def index_shards(path: str | Path, tokenizer: Any, progress: bool = False) -> LengthIndex:
     """Computes and stores the lengths index of a shard set; an index that is there and fits is only loaded.
-
-    Args:
-        path: folder of a shard set.
-        tokenizer: text tokenizer (`mimo_jax.text.tokenizers`).
-        progress: report on stderr.
 
     Raises:
         DataError: the set cannot be read or the index cannot be written.

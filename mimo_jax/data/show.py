@@ -26,9 +26,6 @@ def show_rows(
     """Renders the first rows of a job's data as plain text.
 
     Args:
-        cfg: the job.
-        split: `train` or `validation`.
-        count: number of rows.
         layout: show documents of this layout only (one of `TASKS`); sources that cannot make it are left out.
         tokenizer: text tokenizer; loaded from the config when not given.
 

@@ -61,11 +61,8 @@ class ClipSource:
 
     Args:
         manifest: durations that it lacks are read from the files once, here.
-        config: the audio tokenizer.
-        tokenizer: text tokenizer of the A2T targets.
         max_seconds: longer recordings are cropped at a drawn place, and then have no text.
         row_text: text tokens of a row; a longer text is left out.
-        broken: counter of recordings that cannot be used.
     """
 
     name, weight = "manifest", 1.0
@@ -150,7 +147,6 @@ def assemble_row(
 
     Args:
         clips: samples and text tokens of each clip, or None for one that could not be read: its slot stays empty.
-        slots: RVQ frames of each clip's slot.
         end_of_text: id that begins the A2T inputs and ends the targets.
 
     Returns:
@@ -188,7 +184,6 @@ def tokenizer_loader(
     """Opens the rows of a tokenizer job: `TokenizerRows` with leading axis `cfg.data.rows / process_count`.
 
     Args:
-        cfg: the job.
         split: `train`: endless, in an order drawn anew each epoch; `validation`: the held-out manifest once, in an
             order that never changes.
         tokenizer: text tokenizer; loaded from `cfg.data.text_tokenizer` when not given.

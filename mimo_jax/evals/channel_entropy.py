@@ -82,12 +82,8 @@ def channel_entropies(
     Frames that only fill up the last patch are not counted. An utterance longer than a row is cut as in training.
 
     Args:
-        config, compute, params: the language model.
-        tokenizer: text tokenizer.
         training: records whose codes make the unigram.
         held_out: at least two utterances of speech.
-        row_length, row_patches: of a row, as in training.
-        batch: rows computed at once.
         contexts: other utterances that each one gets as its context in turn, fewer if there are not so many.
 
     Raises:

@@ -248,8 +248,6 @@ def run_batches(
     """`run_tasks`, batch by batch as they are done; requests with prompts of similar length share a batch.
 
     Args:
-        model: the model and its tokenizers.
-        requests: what to do.
         settings: of the requests without settings of their own, and the batch size of the call.
         bucket: padded sizes of every batch. In one bucket an answer is the same bit for bit whatever runs beside it; in
             another, and by default in the smallest that holds each batch, the same up to the rounding of sums.

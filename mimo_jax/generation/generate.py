@@ -192,7 +192,6 @@ class Generator:
     ) -> None:
         """
         Args:
-            config: sizes.
             params: parameter tree of `AudioLM`, as training leaves it (layers stacked if `compute.scan_layers`).
             compute: precision that the model was trained with.
             text_vocab_size: ids from here on are rows that no text token uses; they are never drawn.

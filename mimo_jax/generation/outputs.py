@@ -36,12 +36,7 @@ def write_output(
     conversation, NAME-history.json, each whole or not at all.
 
     Args:
-        folder: made if missing.
-        name: see `check_names`.
-        output: what to write.
         answers: what it answers (a path, a text), for the record.
-        model: of the call that made it.
-        settings: of that call.
 
     Returns:
         Its item of the record, for `write_record`.

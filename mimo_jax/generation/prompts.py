@@ -110,11 +110,6 @@ class Prompts:
     """Prompts for one model.
 
     All methods take codes as integers [M, >= R] and raise ConfigError for empty texts and malformed codes.
-
-    Args:
-        tokenizer: the model's text tokenizer.
-        config: of the model.
-        kind: what the model was trained on.
     """
 
     def __init__(self, tokenizer: TextTokenizer, config: AudioLMConfig, kind: Kind) -> None:
@@ -177,8 +172,6 @@ class Prompts:
 
         Args:
             turns: user (codes) and assistant (Streams) alternately, the user first and last.
-            system: how to behave.
-            voice_MR: codes of a recording whose voice the answer has.
             history: what the model has seen and said so far; system and voice stand in it, if anywhere.
         """
         self._chat_only("dialogue", "conversations")
@@ -201,13 +194,7 @@ class Prompts:
     def few_shot(
         self, instruction: str, examples: Iterable[tuple[np.ndarray, Stream]], codes_MR: np.ndarray
     ) -> TaskPrompt:
-        """Speech to be answered in the way of examples (base models).
-
-        Args:
-            instruction: what is done.
-            examples: codes of an input, and its answer.
-            codes_MR: codes of the input to answer.
-        """
+        """Speech to be answered in the way of examples (base models)."""
         segments: list[Segment] = [Text((f"{PREFIX_MIXED}{instruction}{NEWLINE}",))]
         for question_MR, reply in examples:
             segments += [Speech(question_MR), Text((NEWLINE,)), reply, Text((" \n\n",))]
@@ -232,12 +219,8 @@ class Prompts:
         """Text to be spoken in the voice of a recording. Not published; the layouts are those of TTS.
 
         Args:
-            text: what to say.
-            voice_MR: codes of the recording.
             voice_text: what is said in it. With it, the answer's stream begins with the recording itself; base models
                 need it.
-            template: an index into `tts_templates`.
-            seed: draws the template.
         """
         self._require(text, "text")
         if voice_text is None and self.kind == "base":

@@ -52,7 +52,6 @@ def apply_settings(settings: GenerationSettings, values: Mapping[str, Any]) -> G
     """Settings with some changed.
 
     Args:
-        settings: what holds where nothing else is said.
         values: keys of `SETTINGS`; None leaves a setting as it is. Of a text sampler, what is not given is off.
 
     Raises:
@@ -74,7 +73,6 @@ def read_requests(path: str | Path, task: str) -> list[dict[str, Any]]:
     """The lines of a JSONL file, checked; names of files are made relative to its folder.
 
     Args:
-        path: the file.
         task: of lines that do not say.
 
     Raises:
@@ -157,7 +155,6 @@ def make_requests(
 
     Args:
         requests: what `check_request` has let pass.
-        model: what will answer them.
         settings: where a request has none of its own; the seeds of those that have none follow `settings.seed`.
         prompt_seconds: use only the beginning of each recording that is to be continued.
 

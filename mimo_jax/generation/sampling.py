@@ -76,7 +76,6 @@ def process_logits(logits_BV: Array, params: SamplingParams) -> Array:
     """Applies temperature, top-k and top-p; what they drop becomes -inf.
 
     Args:
-        logits_BV: float scores.
         params: settings; requests of temperature 0 keep their scores undivided.
 
     Returns:
@@ -107,7 +106,6 @@ def sample(keys_B: Array, logits_BV: Array, params: SamplingParams, removed_BV: 
 
     Args:
         keys_B: one typed key per request.
-        logits_BV: float scores.
         params: settings; temperature 0 takes the best remaining id.
         removed_BV: bool, ids that must not come out; [V] or [1, V] serves all requests. None removes nothing.
 

@@ -176,7 +176,6 @@ def tensors(
     """The published tensors of a model.
 
     Args:
-        rules: of its kind.
         shapes: our arrays by path, layers stacked (`layers/...`) or apart (`layers_0/...`).
         rows: of each channel's audio table.
         first_layer: published number of a stack's layer 0, by the stack's path, where it is not 0.

@@ -466,7 +466,6 @@ def load_tokenizer(folder: str | os.PathLike[str], dtype: Any = None) -> tuple[A
     """The audio tokenizer of a published folder.
 
     Args:
-        folder: with config.json and safetensors.
         dtype: of all arrays; each as stored by default.
 
     Returns:
@@ -491,7 +490,6 @@ def to_published(tree: Mapping[str, Any], config: Config) -> dict[str, np.ndarra
     Args:
         tree: parameters of a language model, or {"params", "codebook", "buffers"} of a tokenizer or some of these
             (buffers are made up where there are codebooks); layers stacked or apart. Gradients work as well.
-        config: of the model.
     """
     tree = {"params": tree} if isinstance(config, AudioLMConfig) else dict(tree)
     if "codebook" in tree and isinstance(config, AudioTokenizerConfig):

@@ -185,7 +185,6 @@ class Writer:
         """Creates the file or files and writes their headers.
 
         Args:
-            folder: where; it must exist.
             tensors: dtype and shape of each tensor, in the order they are to have.
             shard_bytes: a file is closed before a tensor that would make it larger; one file where all fit.
 

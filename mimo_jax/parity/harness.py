@@ -103,8 +103,6 @@ def compare(
     """Verdict, largest absolute difference, tolerance and note.
 
     Args:
-        expected: from the reference.
-        actual: what we compute, of the same shape and kind of number.
         atol: largest difference allowed.
         decided: bool, broadcast to the arrays: where a difference cannot be excused by a near-tie.
     """
@@ -156,7 +154,6 @@ def run(folder: str | Path, only: Sequence[str] = ()) -> Iterator[Row]:
     """Compares the files of a folder in the manifest's order.
 
     Args:
-        folder: with manifest.json.
         only: beginnings of file names, such as `tokenizer/tok_a`; all files by default.
 
     Raises:

@@ -110,7 +110,6 @@ class ReferenceRow:
 
         Args:
             before_N: row position of the hidden state before each patch.
-            codes_NGR: its codes.
         """
         N = len(before_N)
         count = max(1, -(-N // 32)) * 32  # one compiled program serves all
@@ -138,7 +137,6 @@ class ReferenceRow:
         """Compares generated ids and the margins of their decisions, which follow the reference's way.
 
         Args:
-            case: to note it in.
             name: of the ids, `FOLDER/full_ids...` or `FOLDER/all_ids`.
             ids: ours, of all groups.
             begin: group at which the answer begins.

@@ -193,12 +193,9 @@ def train_sentencepiece(
     are split, and a line break is always the token of its byte.
 
     Args:
-        texts: the corpus, read once.
-        path: file to write (atomically).
         vocab_size: all ids, special tokens and bytes included.
         character_coverage: share of the characters that get a piece of their own; the rest falls back to bytes.
         max_lines: of a larger corpus, this many lines are drawn at random.
-        seed: of that draw.
 
     Raises:
         TextTokenizerError: the corpus is empty, or too small or too rich in characters for `vocab_size`.

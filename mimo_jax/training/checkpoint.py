@@ -205,9 +205,6 @@ def make_meta(
     """What is saved beside the arrays.
 
     Args:
-        step: batches consumed.
-        config: settings of the job.
-        data_state: position of the loader.
         data_fingerprint: what the data and the text tokenizer are.
         trained_groups: groups that this run or a run before it has trained; the others are as initialised.
         counters: totals since the beginning of the run (positions, audio hours, ...).
@@ -309,9 +306,6 @@ def reasons_to_keep(
 
     Args:
         metas: meta of each complete checkpoint, by step.
-        newest: `run.keep_checkpoints`.
-        every_tokens: `run.keep_every_tokens`.
-        best: `run.keep_best`.
     """
     steps = sorted(metas)
     reasons: dict[int, list[str]] = {step: [] for step in steps}
@@ -345,7 +339,6 @@ class CheckpointStore:
         """Opens `WORKDIR/checkpoints` and removes what a killed process left unfinished there.
 
         Args:
-            workdir: folder of the run.
             keep, keep_every_tokens, keep_best: see `RunConfig`; others are removed once a newer one is complete.
 
         Raises:
@@ -477,7 +470,6 @@ class CheckpointStore:
         """Reads a step that `find` returned.
 
         Args:
-            step_dir: folder of the step.
             variables: tree of `jax.ShapeDtypeStruct` with shardings, as the new run wants the arrays.
             optimizer: the same for the second item.
 
@@ -598,7 +590,6 @@ def read_variables(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
     """Reads a part of the saved variables.
 
     Args:
-        step_dir: folder of one step.
         abstract: a part of the tree of `saved_shapes`, as `jax.ShapeDtypeStruct` with shardings.
     """
     base = base_of(step_dir)

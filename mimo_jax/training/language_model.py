@@ -238,7 +238,6 @@ def model_variables(cfg: LMTrainConfig, params: Tree, base: Tree) -> dict[str, T
     """`params` and, for a LoRA run, `lora`, as `lm_loss` takes them.
 
     Args:
-        cfg: settings.
         params: what the state holds: all parameters, or what a LoRA run trains.
         base: the frozen parameters of a LoRA run.
     """
@@ -249,11 +248,6 @@ def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
     """The update as a function (state, rows, base) -> (state, metrics), to be jitted with the state donated.
 
     `base` are the frozen parameters of a LoRA run.
-
-    Args:
-        cfg: settings.
-        model: the model of `cfg`.
-        optimizer: from `make_optimizer`.
     """
     rates = dataclasses.asdict(cfg.learning_rates)
     factor = schedule(cfg.optimizer, *budget(cfg))

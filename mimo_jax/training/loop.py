@@ -186,10 +186,8 @@ def evaluate(
     """Metrics of the validation rows, weighted by targets; nothing is fetched before the last batch.
 
     Args:
-        eval_step: jitted.
         state: only parameters and codebooks are read.
         batches: host-local rows in a fixed order.
-        put: moves rows to the devices.
         describe: makes metrics of the sums over all batches.
         max_batches: 0 is all of them.
         stop: asked before every batch; where it says so, nothing is returned.
@@ -357,13 +355,11 @@ def train_loop(
 
     Args:
         state: new or restored; its buffers are donated.
-        train_step: jitted step with donated state.
         loader: positioned at the batch of step `state.step`.
         validate: metrics of the validation set, or None if the function it is given says stop; run before the first
             step, every `run.eval_every` steps and at the end.
         config: settings of the job, for the checkpoints; `run` is its part.
         groups: see `make_meta`.
-        put: moves host-local rows to the devices.
         counters: totals at `state.step`.
         base: see `make_meta`.
 

@@ -41,7 +41,6 @@ def abstract(config: LoRAConfig, learning_rates: Mapping[str, float], boxed_para
     """The tree that is trained, as shapes in boxes with the names of their axes; always float32.
 
     Args:
-        config: rank, targets, tables.
         learning_rates: of the groups; those of 0 get no adapter.
         boxed_params: from `abstract_params`.
 
@@ -85,13 +84,7 @@ def split(shapes: Tree, params: Tree) -> tuple[Tree, Tree]:
 
 
 def start(shapes: Tree, tables: Tree, key: jax.Array) -> Tree:
-    """The tree before the first step: A normal with variance 1 / inputs, B zero, tables as they are.
-
-    Args:
-        shapes: `abstract`, unboxed.
-        tables: from `split`.
-        key: random key.
-    """
+    """The tree before the first step: A normal with variance 1 / inputs, B zero, tables as they are."""
     given = flatten(tables)
 
     def value(path: str, leaf: Any) -> jax.Array:
@@ -113,13 +106,7 @@ def target(path: str) -> str:
 
 
 def variables(config: LoRAConfig, base: Tree, learnt: Tree) -> dict[str, Tree]:
-    """Collections "params" and "lora" of the model.
-
-    Args:
-        config: for s.
-        base: frozen parameters.
-        learnt: the trained tree.
-    """
+    """Collections "params" and "lora" of the model."""
     leaves = flatten(learnt)
     branches = {p: x * config.scale if p.endswith("/b") else x for p, x in leaves.items() if _is_branch(p)}
     tables = {p: x for p, x in leaves.items() if not _is_branch(p)}
@@ -134,7 +121,6 @@ def merge_lora(config: LoRAConfig, params: Tree, learnt: Tree) -> Tree:
     """Parameters that compute what base and adapters compute, in the dtypes that the base has.
 
     Args:
-        config: for s.
         params: the base's parameters, tables included.
         learnt: the trained tree of a run on this base.
 

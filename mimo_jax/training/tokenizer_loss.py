@@ -64,10 +64,8 @@ def tokenizer_loss(
     """Loss of a batch of packed rows, and (sums, codebook after the step).
 
     Args:
-        model: the audio tokenizer.
         text_decoder: the decoder of the A2T objective; not run when the rows have no room for text (U = 0).
         params: {"audio_tokenizer": ..., "text_decoder": ...}.
-        codebook: state before the step.
         rng: random key of the step, for quantiser dropout and dead codes. None evaluates: all levels are used, and the
             codebook stays.
     """
