@@ -114,9 +114,8 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     kind, _, shape = name.partition(":")
     numbers = shape.split("x")
     if kind not in CHIPS or not all(n.isascii() and n.isdecimal() and int(n) > 0 for n in numbers):
-        raise ConfigError(
-            f"--topology={name}: expected KIND:AxB[xC] for TPUs or KIND:NUMBER for GPUs, KIND one of {', '.join(CHIPS)}"
-        )
+        kinds = ", ".join(CHIPS)
+        raise ConfigError(f"--topology={name}: expected KIND:AxB[xC] (TPUs) or KIND:NUMBER (GPUs), KIND one of {kinds}")
     chip, bounds = CHIPS[kind], tuple(map(int, numbers))
     if not chip.torus:
         if len(bounds) != 1 or slices != 1:
@@ -126,9 +125,8 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
             raise ConfigError(f"--topology={name}: expected whole hosts of {chip.host} GPUs")
         bounds = (max(1, count // chip.host), min(count, chip.host))
     elif slices < 1 or len(bounds) != chip.torus:
-        raise ConfigError(
-            f"--topology={name}, --slices={slices}: expected a torus of {chip.torus} axes and at least one slice"
-        )
+        expected = f"a torus of {chip.torus} axes and at least one slice"
+        raise ConfigError(f"--topology={name}, --slices={slices}: expected {expected}")
     topology = Topology(name, chip, bounds, slices)
     if topology.devices > _MOST_DEVICES:
         raise ConfigError(f"--topology={name}, --slices={slices}: expected at most {_MOST_DEVICES} devices")

@@ -368,20 +368,10 @@ def _add_data(subparsers: Any) -> None:
         add = parser.add_argument
         add("--out", required=True, metavar="DIR", help="folder of the shard set; made if missing")
         add("--text-tokenizer", metavar="FILE", help="also compute the lengths index for this tokenizer")
-        add(
-            "--records-per-shard",
-            type=int,
-            default=records,
-            metavar="N",
-            help="inputs of one shard (default %(default)s)",
-        )
-        add(
-            "--max-skipped",
-            type=float,
-            default=0.05,
-            metavar="SHARE",
-            help="share of the inputs that may be broken; they are reported and left out (default %(default)s)",
-        )
+        inputs = "inputs of one shard (default %(default)s)"
+        add("--records-per-shard", type=int, default=records, metavar="N", help=inputs)
+        skipped = "share of the inputs that may be broken; they are reported and left out"
+        add("--max-skipped", type=float, default=0.05, metavar="SHARE", help=f"{skipped} (default %(default)s)")
         add("--worker", type=_worker, default=(0, 1), metavar="I/N", help="make only every N-th shard, from I on")
 
     parser = _verb(
@@ -407,21 +397,13 @@ def _add_data(subparsers: Any) -> None:
     parser = _verb(group, "ingest-text", verbs.run_data_ingest_text, "Turn text files into a shard set.")
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="UTF-8 text, or .jsonl whose lines have `text`")
-    add(
-        "--split",
-        choices=("paragraph", "line", "file"),
-        default="paragraph",
-        help="what a document of a text file is (default %(default)s)",
-    )
+    split = "what a document of a text file is (default %(default)s)"
+    add("--split", choices=("paragraph", "line", "file"), default="paragraph", help=split)
     add("--language", default="", metavar="TAG", help="language of documents that do not say")
     add_ingest_options(parser, 16_384)
 
-    parser = _verb(
-        group,
-        "index",
-        verbs.run_data_index,
-        "Compute the lengths index of shard sets for a text tokenizer. Training needs it.",
-    )
+    summary = "Compute the lengths index of shard sets for a text tokenizer. Training needs it."
+    parser = _verb(group, "index", verbs.run_data_index, summary)
     add = parser.add_argument
     add("shards", nargs="+", metavar="DIR", help="folders of shard sets")
     add("--text-tokenizer", required=True, metavar="FILE", help="tokenizer of the language model")
@@ -452,20 +434,10 @@ def _add_text_tokenizer(subparsers: Any) -> None:
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="UTF-8 text, or .jsonl whose lines have `text`")
     add("--out", required=True, metavar="FILE", help="model to write")
-    add(
-        "--vocab-size",
-        type=int,
-        default=8192,
-        metavar="N",
-        help="ids in all, special tokens included (default %(default)s)",
-    )
-    add(
-        "--character-coverage",
-        type=float,
-        default=0.9995,
-        metavar="SHARE",
-        help="share of the characters with a piece of their own (default %(default)s)",
-    )
+    size = "ids in all, special tokens included (default %(default)s)"
+    add("--vocab-size", type=int, default=8192, metavar="N", help=size)
+    coverage = "share of the characters with a piece of their own (default %(default)s)"
+    add("--character-coverage", type=float, default=0.9995, metavar="SHARE", help=coverage)
     add("--seed", type=int, default=0, help="of the draw from a very large corpus (default %(default)s)")
 
 
@@ -614,25 +586,15 @@ def _add_convert(subparsers: Any) -> None:
         "--config.init_from. Memory is that of one layer, whatever the size.\n",
     )
     add = parser.add_argument
-    add(
-        "source", metavar="SOURCE", help="folder with config.json and safetensors; or workdir of a run, or a checkpoint"
-    )
+    source = "folder with config.json and safetensors; or workdir of a run, or a checkpoint"
+    add("source", metavar="SOURCE", help=source)
     add("--out", required=True, metavar="DIR", help="folder to make; nothing is overwritten")
-    add(
-        "--like",
-        default="",
-        metavar="FILE:SIZE",
-        help="for a text model: config whose patch encoder and decoder it gets",
-    )
+    like = "for a text model: config whose patch encoder and decoder it gets"
+    add("--like", default="", metavar="FILE:SIZE", help=like)
     add("--seed", type=int, default=0, help="of those (default %(default)s)")
     add("--step", type=int, help="checkpoint of a run (default: the newest)")
-    add(
-        "--shard-size",
-        type=_bytes,
-        default="5GB",
-        metavar="SIZE",
-        help="largest safetensors file (default %(default)s)",
-    )
+    largest = "largest safetensors file (default %(default)s)"
+    add("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help=largest)
 
 
 def _add_parity(subparsers: Any) -> None:
@@ -673,9 +635,8 @@ def _add_quickstart(subparsers: Any) -> None:
     add("--root", default="/", metavar="DIR", help="where the packages are installed or unpacked")
     add("--language", action="append", metavar="TAG", help="only these Asterisk languages; repeatable")
     add("--no-festvox", action="store_true", help="leave festvox-ru out")
-    add(
-        "--min-characters", type=int, default=1, metavar="N", help="leave shorter transcripts out (default %(default)s)"
-    )
+    shorter = "leave shorter transcripts out (default %(default)s)"
+    add("--min-characters", type=int, default=1, metavar="N", help=shorter)
 
 
 if __name__ == "__main__":

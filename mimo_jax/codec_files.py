@@ -128,9 +128,8 @@ def decode_files(
     codecs = [load(segment_seconds=c.segment_seconds, reference_quirks=c.quirks) for c in contents]
     for file, content, codec in zip(files, contents, codecs, strict=True):
         if content.fingerprint != codec.fingerprint:
-            raise ConfigError(
-                f"{file}: expected codes of the audio tokenizer {codec.fingerprint}, got {content.fingerprint}"
-            )
+            expected, got = codec.fingerprint, content.fingerprint
+            raise ConfigError(f"{file}: expected codes of the audio tokenizer {expected}, got {got}")
         longest = len(content.codes) * codec.config.samples_per_code
         if content.samples > longest:
             raise DataError(f"{file}: samples: expected at most {longest}, as the codes give, got {content.samples}")

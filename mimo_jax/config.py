@@ -840,9 +840,8 @@ class LMTrainConfig:
     def __post_init__(self) -> None:
         _settle_length(self)
         channels, weights = self.model.num_channels, self.loss.channel_weights
-        require(
-            len(weights) == channels, "loss.channel_weights", f"one weight for each of {channels} channels", weights
-        )
+        expected = f"one weight for each of {channels} channels"
+        require(len(weights) == channels, "loss.channel_weights", expected, weights)
         require(self.init_from != "" or not self.lora.rank, "init_from", "the checkpoint that adapters stand on", "")
         rows, parts = self.data.rows, self.run.accumulation
         require(rows % parts == 0, "run.accumulation", f"a divisor of data.rows ({rows})", parts)

@@ -149,9 +149,8 @@ def _new_folder(out: Path, nbytes: int) -> Iterator[Path]:
     disk = shutil.disk_usage(out.parent)
     nbytes += 64 << 20  # for the small files
     if disk.total and disk.free < nbytes:
-        raise checkpoint.CheckpointError(
-            f"{out}: expected {nbytes / 1e6:,.0f} MB of free disk space, got {disk.free / 1e6:,.0f} MB"
-        )
+        expected, got = (f"{n / 1e6:,.0f} MB" for n in (nbytes, disk.free))
+        raise checkpoint.CheckpointError(f"{out}: expected {expected} of free disk space, got {got}")
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
@@ -487,10 +486,8 @@ def _export_notes(model: AudioLMConfig | AudioTokenizerConfig) -> list[str]:
     if isinstance(model, AudioTokenizerConfig):
         if model.decoder_norm == "sequence":
             return []
-        return [
-            f"the published code ignores decoder_norm {model.decoder_norm} and normalises over time: its waves differ "
-            "from this tokenizer's"
-        ]
+        ignored = f"ignores decoder_norm {model.decoder_norm} and normalises over time"
+        return [f"the published code {ignored}: its waves differ from this tokenizer's"]
     if model.llm.q_bias and model.llm.k_bias and model.llm.v_bias:
         return []
     return [

@@ -85,10 +85,8 @@ def load_speech_model(
         ("audio_tokenizer", audio_tokenizer, codec.fingerprint),
     ):
         if fingerprint != trained_with.get(name, fingerprint):  # published weights do not say what made their codes
-            part = name.replace("_", " ")
-            raise ConfigError(
-                f"{path}: expected the {part} that the model was trained with ({trained_with[name]}), got {fingerprint}"
-            )
+            part = f"{name.replace('_', ' ')} that the model was trained with ({trained_with[name]})"
+            raise ConfigError(f"{path}: expected the {part}, got {fingerprint}")
     return SpeechModel(
         Generator(config.model, variables["params"], config.compute, tokenizer.vocab_size),
         codec,

@@ -38,12 +38,7 @@ def audio_tokenizer(size: str) -> AudioTokenizerConfig:
         "1b": (1024, 24, 16, 4096),
         "7b": (1280, 32, 20, 5120),
     }[size]
-    v, v_layers, v_heads, v_ff = {
-        "tiny": (96, 3, 2, 256),
-        "100m": (256, 16, 16, 1024),
-        "1b": (256, 16, 16, 1024),
-        "7b": (256, 16, 16, 1024),
-    }[size]
+    v, v_layers, v_heads, v_ff = (96, 3, 2, 256) if size == "tiny" else (256, 16, 16, 1024)
     return AudioTokenizerConfig(
         mel=MelConfig(),
         encoder=TransformerConfig.codec(d, layers, heads, d_ff, causal=False),
@@ -93,9 +88,7 @@ def audio_lm(size: str) -> AudioLMConfig:
             t(1024, 16, 64, 16, 4096),
         ),
     }[size]
-    return AudioLMConfig(
-        vocab_size=vocab_size, empty_id=empty_id, llm=llm, patch_encoder=encoder, patch_decoder=decoder
-    )
+    return AudioLMConfig(vocab_size, empty_id, llm, encoder, decoder)
 
 
 def compute(size: str) -> ComputeConfig:

@@ -84,11 +84,7 @@ def _results(measured: Mapping[str, Any]) -> list[Block]:
         for bar in measured["bars"]
     ]
     channels = measured["channels"]
-    labels = {
-        "model": "model",
-        "control": "model with another utterance's context",
-        "unigram": "training unigram",
-    }
+    labels = {"model": "model", "control": "model with another utterance's context", "unigram": "training unigram"}
     series = [(label, [_triple(channel[key]) for channel in channels]) for key, label in labels.items()]
     names = [f"channel {r}" for r in range(len(channels))]
     table: list[Row] = [
@@ -158,10 +154,8 @@ def _metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _both(lines: Sequence[Mapping[str, Any]], key: str) -> list[Series]:
-    return [
-        _series(lines, "train", key, "training", "faint", 0),
-        _series(lines, "validation", key, "held out", "marked", 1),
-    ]
+    styles = (("train", "training", "faint"), ("validation", "held out", "marked"))
+    return [_series(lines, split, key, label, style, i) for i, (split, label, style) in enumerate(styles)]
 
 
 def _series(lines: Sequence[Mapping[str, Any]], split: str, key: str, label: str, style: Any, colour: int) -> Series:

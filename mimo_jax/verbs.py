@@ -34,10 +34,8 @@ from mimo_jax.xla_flags import keep_memory, set_flags
 def run_train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if isinstance(config, AdversarialTrainConfig):
-        raise ConfigError(
-            f"--config={options.config}: this describes the adversarial stage of the audio tokenizer, "
-            "which this version does not train"
-        )
+        stage = "the adversarial stage of the audio tokenizer, which this version does not train"
+        raise ConfigError(f"--config={options.config}: this describes {stage}")
     if not options.no_xla_flags:
         set_flags(os.environ, tensor=config.mesh.tensor != 1)
     keep_memory(os.environ)
@@ -418,12 +416,8 @@ def run_codec_encode(options: argparse.Namespace) -> None:
 
     if not 1 <= options.segment_seconds <= 3600:
         raise ConfigError(f"--segment-seconds: expected 1..3600, got {options.segment_seconds}")
-    codec = load_codec(
-        options.audio_tokenizer,
-        options.step,
-        segment_seconds=options.segment_seconds,
-        reference_quirks=options.reference_quirks,
-    )
+    how = {"segment_seconds": options.segment_seconds, "reference_quirks": options.reference_quirks}
+    codec = load_codec(options.audio_tokenizer, options.step, **how)
     print(*encode_files(options.files, codec, options.out, options.levels), sep="\n")
 
 

@@ -190,9 +190,8 @@ def _decode_av(file: Path, sndfile_error: str) -> tuple[np.ndarray, int]:
     try:
         import av
     except ImportError:
-        raise AudioError(
-            f"{file}: libsndfile cannot read it ({sndfile_error}); for other formats install PyAV (extra `eval`)"
-        ) from None
+        reason = f"libsndfile cannot read it ({sndfile_error})"
+        raise AudioError(f"{file}: {reason}; for other formats install PyAV (extra `eval`)") from None
     try:
         # Local files only: a playlist must not make the decoder fetch anything.
         with av.open(f"file:{file.resolve()}", options={"protocol_whitelist": "file"}) as container:
@@ -204,8 +203,6 @@ def _decode_av(file: Path, sndfile_error: str) -> tuple[np.ndarray, int]:
             parts = [part.to_ndarray() for frame in container.decode(stream) for part in planar.resample(frame)]
             parts += [part.to_ndarray() for part in planar.resample(None)]
     except av.error.FFmpegError as error:
-        raise AudioError(
-            f"{file}: neither libsndfile ({sndfile_error}) nor FFmpeg ({error.strerror}) can read it"
-        ) from None
+        raise AudioError(f"{file}: libsndfile ({sndfile_error}) and FFmpeg ({error.strerror}) cannot read it") from None
     samples_CS = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0))
     return np.ascontiguousarray(samples_CS.T, np.float32), rate

@@ -69,10 +69,8 @@ def write_frames(
     hop, per_code = config.mel.hop_length, config.mel_frames_per_code
     slot = -(-num_frames // per_code) + guard_codes(config)
     if start_code < 0 or (start_code + slot) * per_code > len(row_segment_ids_T):
-        raise ValueError(
-            f"start_code: a slot of {slot} RVQ frames at {start_code} does not fit in a row of "
-            f"{len(row_segment_ids_T) // per_code}"
-        )
+        row = f"a row of {len(row_segment_ids_T) // per_code}"
+        raise ValueError(f"start_code: a slot of {slot} RVQ frames at {start_code} does not fit in {row}")
     samples = padded[first_frame * hop : (first_frame + num_frames - 1) * hop + config.mel.n_fft]
     start_frame = start_code * per_code
     row_wav_S[start_frame * hop : start_frame * hop + len(samples)] = samples

@@ -133,9 +133,8 @@ def _speak(
             pace = draw.choice(["", "", "slowly", "quickly"])
             pitch = draw.choice(["", "", "low", "high"])
             voice = QUICKSTART_VOICES[(len(clips) + turn) % len(QUICKSTART_VOICES)]
-            speech = synthesizer.speak(
-                Utterance(" ".join(chosen), voice, _RATES[pace], _PITCHES[pitch], seed=len(clips))
-            )
+            said = " ".join(chosen)
+            speech = synthesizer.speak(Utterance(said, voice, _RATES[pace], _PITCHES[pitch], seed=len(clips)))
             clip = write_clip(
                 folder,
                 f"audio/{prefix}{len(clips):05d}-{voice}.wav",
@@ -160,9 +159,8 @@ def _recordings_of_manifests(manifests: Iterable[str | Path]) -> Iterable[tuple[
         if not Path(path).is_file():
             continue
         for entry in Manifest(path):
-            fields: dict[str, Any] = {
-                name: getattr(entry, name) for name in ("text", "language", "speaker", "caption", "instruction")
-            }
+            names = ("text", "language", "speaker", "caption", "instruction")
+            fields: dict[str, Any] = {name: getattr(entry, name) for name in names}
             fields["segments"] = [{"start": s.start, "end": s.end, "text": s.text} for s in entry.segments]
             yield entry.audio, fields
 

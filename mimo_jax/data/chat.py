@@ -233,10 +233,8 @@ def to_patches(codes_MR: np.ndarray, group_size: int, num_channels: int, whole: 
         or len(codes_MR) < shortest
         or codes_MR.dtype.kind not in "iu"
     ):
-        raise ConfigError(
-            f"codes: expected integers of at least {shortest} frames and {num_channels} levels, "
-            f"got {codes_MR.dtype} {codes_MR.shape}"
-        )
+        expected = f"integers of at least {shortest} frames and {num_channels} levels"
+        raise ConfigError(f"codes: expected {expected}, got {codes_MR.dtype} {codes_MR.shape}")
     missing = -len(codes_MR) % group_size
     if whole:
         codes_MR = codes_MR[: len(codes_MR) - len(codes_MR) % group_size]

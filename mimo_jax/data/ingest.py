@@ -271,11 +271,8 @@ def _load(entry: ManifestEntry, config: AudioTokenizerConfig) -> np.ndarray | Sk
         return Skip(name, "too short", f"{name}: expected at least {shortest} samples at {rate} Hz, got {len(wav)}")
     end = entry.segments[-1].end if entry.segments else 0.0
     if end > len(wav) / rate + 0.5:
-        return Skip(
-            name,
-            "segments beyond the end",
-            f"{name}: segments: expected times up to {len(wav) / rate:.2f} s, got {end:.2f}",
-        )
+        expected = f"segments: expected times up to {len(wav) / rate:.2f} s, got {end:.2f}"
+        return Skip(name, "segments beyond the end", f"{name}: {expected}")
     return wav
 
 
@@ -300,10 +297,8 @@ def _record(entry: ManifestEntry, wav: np.ndarray, codec: Any) -> Record:
     sizes = codec.config.rvq.codebook_sizes
     codes_MR = np.asarray(codec.encode([wav])[0])
     if codes_MR.ndim != 2 or codes_MR.shape[1] != len(sizes) or (codes_MR.max(axis=0, initial=0) >= sizes).any():
-        raise DataError(
-            f"{entry.audio}: the audio tokenizer gave codes of shape {list(codes_MR.shape)} "
-            f"that do not fit codebooks {list(sizes)}"
-        )
+        shape = list(codes_MR.shape)
+        raise DataError(f"{entry.audio}: expected codes that fit codebooks {list(sizes)}, got some of shape {shape}")
     return Record(
         id=entry.id,
         codes_MR=np.ascontiguousarray(codes_MR, np.uint16),
@@ -361,11 +356,8 @@ class _TextCorpus:
                 try:
                     if path.suffix == ".jsonl":
                         values = self._from_json(path, line, data)
-                        text, name, language = (
-                            values["text"],
-                            values.get("id") or name,
-                            values.get("language") or self._language,
-                        )
+                        text, name = values["text"], values.get("id") or name
+                        language = values.get("language") or self._language
                     else:
                         text, language = data.decode(), self._language
                     yield Record(id=name, text=text.strip().replace("\r\n", "\n"), language=language)
@@ -564,9 +556,8 @@ class _Ingest:
         for _, tally in finished:
             total.add(tally)
         if not total.records:
-            raise DataError(
-                f"{out}: none of the {total.inputs} inputs could be used; the last one: {total.skipped[-1].message}"
-            )
+            last = total.skipped[-1].message
+            raise DataError(f"{out}: none of the {total.inputs} inputs could be used; the last one: {last}")
         if total.skipped:
             write_file(out / "skipped.jsonl", b"".join(_json(dataclasses.asdict(s)) for s in total.skipped))
         info = ShardSetInfo(

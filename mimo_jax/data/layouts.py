@@ -154,10 +154,8 @@ class Layouts:
         )
         shortest = max(len(self._mixed), len(self._speech)) + 8
         if row_length < shortest:
-            raise DataError(
-                f"data.row_length: expected at least {shortest} positions "
-                f"(prefix, opening and closing tokens), got {row_length}"
-            )
+            needed = f"at least {shortest} positions (prefix, opening and closing tokens)"
+            raise DataError(f"data.row_length: expected {needed}, got {row_length}")
 
     # Lengths ----------------------------------------------------------------------------------------------
 
@@ -187,9 +185,8 @@ class Layouts:
 
     def whole_lengths(self, task: int, index: LengthIndex, records: np.ndarray) -> np.ndarray:
         """Lengths of uncut documents: int64 [n, 2] (positions, patches). Any layout but `interleaved`."""
-        text, caption, instruction = (
-            np.asarray(a[records], np.int64) for a in (index.text, index.caption, index.instruction)
-        )
+        lengths = (index.text, index.caption, index.instruction)
+        text, caption, instruction = (np.asarray(a[records], np.int64) for a in lengths)
         if task >= CONVERSATION:
             each = -(-(index.segment_ends.astype(np.int64) - index.segment_starts) // self._group)
             before = np.concatenate([[0], np.cumsum(each)])[index.segment_offsets]
@@ -239,18 +236,14 @@ class Layouts:
                 if speech:
                     spans += self._enclosed(prefix, entry.segment_starts[first], entry.segment_ends[last - 1], True)
                 else:
-                    spans.append(
-                        Span("segments", (first, last), 0, sum(entry.segment_tokens[first:last]), context=(prefix,))
-                    )
+                    tokens = sum(entry.segment_tokens[first:last])
+                    spans.append(Span("segments", (first, last), 0, tokens, context=(prefix,)))
             return [*spans, end]
         prefix = self._ids(self._mixed, target=given)
         follow = (prefix,)
         if task in (ASR, CAPTION):
-            answer = (
-                Span("text", (), 0, entry.text, context=follow)
-                if task == ASR
-                else Span("caption", (), 0, entry.caption, context=follow)
-            )
+            length = entry.text if task == ASR else entry.caption
+            answer = Span("text" if task == ASR else "caption", (), 0, length, context=follow)
             newline = self._ids(self._newline, target=given, context=follow)
             return [prefix, *self._enclosed(prefix, 0, entry.frames, given), newline, answer, end]
         question = [prefix, Span("text", (), 0, entry.text, target=given, context=follow)]
@@ -274,14 +267,8 @@ class Layouts:
     def _enclosed(self, prefix: Span, first: int, last: int, target: bool) -> list[Span]:
         """S(a) of frames first..last."""
         begin = Span("ids", self._sosp, 0, 1, target, context=(prefix,))
-        speech = Span(
-            "speech",
-            (first, last),
-            0,
-            self._num_patches(last - first),
-            target,
-            context=(prefix, begin._replace(context=())),
-        )
+        context = (prefix, begin._replace(context=()))
+        speech = Span("speech", (first, last), 0, self._num_patches(last - first), target, context=context)
         return [begin, speech, Span("ids", self._eosp, 0, 1, target, glued=True)]
 
     def _stream(self, prefix: Span, entry: IndexEntry) -> list[Span]:

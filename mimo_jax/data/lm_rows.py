@@ -51,10 +51,8 @@ class ShardSource:
         self.records = np.flatnonzero(wanted.any(axis=1))
         if not len(self.records):
             asked = ", ".join(t for t, share in zip(TASKS, shares, strict=True) if share > 0) or "none"
-            raise DataError(
-                f"data source {name!r} ({shards.path}): none of its {len(shards)} records "
-                f"can take a layout of this source ({asked})"
-            )
+            where = f"data source {name!r} ({shards.path})"
+            raise DataError(f"{where}: none of its {len(shards)} records can take a layout of this source ({asked})")
         self._chances = np.cumsum(wanted * shares, axis=1)  # [N, tasks], not normalised
         sample = self.records[:: max(1, len(self.records) // _SAMPLE)]
         lengths = self.documents(sample, hash_arrays(0, sample)).lengths
@@ -75,11 +73,8 @@ class ShardSource:
             if task != INTERLEAVED:
                 here = tasks == task
                 lengths[here] = self._layouts.whole_lengths(task, self._index, records[here])
-        simple = (
-            (tasks != INTERLEAVED)
-            & (lengths[:, 0] <= self._layouts.row_length)
-            & (lengths[:, 1] <= self._layouts.row_patches)
-        )
+        fits = (lengths <= (self._layouts.row_length, self._layouts.row_patches)).all(axis=1)
+        simple = (tasks != INTERLEAVED) & fits
         whole = np.flatnonzero(simple)
         owners: list[int] = []
         pieces: list[int] = []
@@ -103,18 +98,16 @@ class ShardSource:
         documents = []
         for ref, record in zip(refs, records, strict=True):
             if ref.task >= CONVERSATION:
-                expected = tuple(
-                    self._layouts.whole_lengths(ref.task, self._index, np.asarray([ref.record]))[0].tolist()
-                )
+                lengths = self._layouts.whole_lengths(ref.task, self._index, np.asarray([ref.record]))
+                expected = tuple(lengths[0].tolist())
                 document = self._layouts.conversation(ref.task, record)
             else:
                 piece = self._layouts.plan(ref.task, self._index.entry(ref.record), ref.key)[ref.piece]
                 expected = piece_lengths(piece)
                 document = self._layouts.fill(ref.task, piece, record)
             if (document.num_positions, document.num_patches) != expected:
-                raise DataError(
-                    f"{self.shards.path}: record {ref.record}: its lengths are not those of the lengths index"
-                )
+                where = f"{self.shards.path}: record {ref.record}"
+                raise DataError(f"{where}: its lengths are not those of the lengths index")
             documents.append(document)
         return documents
 
@@ -211,14 +204,12 @@ def lm_loader(
         tokenizer = load_text_tokenizer(data.text_tokenizer)
     check_text_tokenizer(tokenizer, model, data.text_tokenizer)
 
-    layouts = Layouts(
-        tokenizer, model.group_size, model.num_channels, data.row_length, data.row_patches, data.target_conditioning
-    )
+    rows = (data.row_length, data.row_patches, data.target_conditioning)
+    layouts = Layouts(tokenizer, model.group_size, model.num_channels, *rows)
     configs = {name: c for name, c in (data.sources if train else data.validation).items() if c.used}
     if not configs:
-        raise DataError(
-            f"data.{'sources' if train else 'validation'}: expected at least one shard set with a positive weight"
-        )
+        sets = "sources" if train else "validation"
+        raise DataError(f"data.{sets}: expected at least one shard set with a positive weight")
     sources, audio_tokenizer = [], ("", "")
     for name, config in sorted(configs.items()):
         shards = ShardSet(config.path, verify=verify)
@@ -254,17 +245,8 @@ def lm_loader(
         "seed": cfg.run.seed if train else 0,
     }
     empty = empty_row(*capacities, model)
-    return RowLoader(
-        plan,
-        make_row,
-        empty,
-        data.rows,
-        fingerprint,
-        process_index,
-        process_count,
-        cfg.run.data_threads,
-        one_pass=not train,
-    )
+    deal = (process_index, process_count, cfg.run.data_threads)
+    return RowLoader(plan, make_row, empty, data.rows, fingerprint, *deal, one_pass=not train)
 
 
 def _shares(layouts: LayoutWeights) -> tuple[float, ...]:
@@ -279,9 +261,8 @@ def check_text_tokenizer(tokenizer: Any, model: AudioLMConfig, name: str) -> Non
     if empty != model.empty_id:
         raise DataError(f"{name}: <|empty|>: expected id {model.empty_id} (model.empty_id), got {empty}")
     if tokenizer.vocab_size > model.vocab_size:
-        raise DataError(
-            f"{name}: expected at most {model.vocab_size} ids (model.vocab_size), got {tokenizer.vocab_size}"
-        )
+        expected = f"at most {model.vocab_size} ids (model.vocab_size)"
+        raise DataError(f"{name}: expected {expected}, got {tokenizer.vocab_size}")
 
 
 def check_codes(

@@ -28,9 +28,8 @@ def pack(lengths: np.ndarray, capacities: tuple[int, int]) -> list[list[int]]:
     over = lengths > np.asarray(capacities)
     if over.any():
         worst = int(np.argmax(over.any(axis=1)))
-        raise ValueError(
-            f"document {worst}: expected lengths of at most {capacities}, got {tuple(lengths[worst].tolist())}"
-        )
+        got = tuple(lengths[worst].tolist())
+        raise ValueError(f"document {worst}: expected lengths of at most {capacities}, got {got}")
     if not len(lengths):
         return []
     capacity = np.maximum(np.asarray(capacities, np.float64), 1)

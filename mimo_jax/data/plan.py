@@ -119,9 +119,8 @@ class RowPlan:
             weight = [source.weight, *(w for begin, w in source.changes if begin <= at)][-1]
             shares.append(float(count) if one_pass else weight / source.mean_length)
         if not sum(shares):
-            raise DataError(
-                f"data.sources: expected at least one source with a positive weight from {at:,.0f} tokens on"
-            )
+            expected = f"at least one source with a positive weight from {at:,.0f} tokens on"
+            raise DataError(f"data.sources: expected {expected}")
         return [max(1, round(share / sum(shares) * (1 << _RATE_BITS))) if share else 0 for share in shares]
 
     def _restart(self, block: int, row: int, phases: Sequence[int]) -> None:

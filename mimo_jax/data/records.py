@@ -98,9 +98,8 @@ def encode_record(record: Record) -> bytes:
     """
     codes = record.codes_MR
     if codes.dtype != np.uint16 or codes.ndim != 2:
-        raise DataError(
-            f"record {record.id!r}: codes: expected uint16 [frames, levels], got {codes.dtype} {list(codes.shape)}"
-        )
+        got = f"{codes.dtype} {list(codes.shape)}"
+        raise DataError(f"record {record.id!r}: codes: expected uint16 [frames, levels], got {got}")
     example = _example()()
     feature = example.features.feature
     for name in _TEXTS:

@@ -216,10 +216,8 @@ class ShardSet:
             if not file.is_file():
                 raise DataError(f"{file}: this shard is missing")
             if file.stat().st_size != shard.bytes:
-                raise DataError(
-                    f"{file}: expected {shard.bytes} bytes, got {file.stat().st_size}: "
-                    "the shard is truncated or was replaced"
-                )
+                got = f"{file.stat().st_size}: the shard is truncated or was replaced"
+                raise DataError(f"{file}: expected {shard.bytes} bytes, got {got}")
             if verify and file_sha256(file) != shard.sha256:
                 raise DataError(f"{file}: the contents do not match the SHA-256 in {MANIFEST}")
         self._files = [s for s in self.info.shards if s.records]
@@ -257,9 +255,8 @@ class ShardSet:
             try:
                 data.update(zip(ks, self._reader(shard).read([indices[k] - first for k in ks]), strict=True))
             except (RuntimeError, ValueError, IndexError) as error:
-                raise DataError(
-                    f"{self.path / self._files[shard].file}: cannot read, the shard is damaged ({error})"
-                ) from None
+                file = self.path / self._files[shard].file
+                raise DataError(f"{file}: cannot read, the shard is damaged ({error})") from None
         levels = self.info.num_levels
         return [decode_record(data[k], levels, f"{self.path}: record {i}") for k, i in enumerate(indices)]
 
@@ -380,9 +377,8 @@ def record_entry(record: Record, tokenizer: Any, frame_rate: float) -> IndexEntr
 
         spans = conversations.render(record, tokenizer, 1, 1)
         text = sum(len(s) for s in spans) - sum(last - first for first, last in conversations.audio_frames(record))
-        starts, ends = (
-            map(list, zip(*conversations.audio_frames(record), strict=True)) if len(record.codes_MR) else ([], [])
-        )
+        heard = conversations.audio_frames(record)
+        starts, ends = map(list, zip(*heard, strict=True)) if len(record.codes_MR) else ([], [])
         nothing = [0] * len(starts)
         form = conversations.record_format(record) + 1
         return IndexEntry(len(record.codes_MR), text, 0, 0, form, nothing, nothing, starts, ends)
@@ -450,9 +446,8 @@ def load_index(shards: ShardSet, tokenizer: Any) -> LengthIndex:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot read the lengths index ({error})") from None
     if int(values.pop("format", 0)) != _INDEX_FORMAT or str(values.pop("shards", "")) != shards.fingerprint:
-        raise DataError(
-            f"{path}: this lengths index belongs to other shards or another version; delete it and make it again"
-        )
+        advice = "delete it and make it again"
+        raise DataError(f"{path}: this lengths index belongs to other shards or another version; {advice}")
     values.setdefault("conversation", np.zeros(len(shards), np.int32))  # indices from before there were any
     if set(values) != set(LengthIndex._fields) or len(values["frames"]) != len(shards):
         raise DataError(f"{path}: expected the lengths of {len(shards)} records")

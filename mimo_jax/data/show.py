@@ -56,12 +56,8 @@ def _only(cfg: LMTrainConfig, split: str, layout: str, tokenizer: Any) -> LMTrai
     reason = DataError(f"data.{'sources' if train else 'validation'}: expected at least one shard set")
 
     def use(sources: dict[str, SourceConfig]) -> LMTrainConfig:
-        data = (
-            dataclasses.replace(cfg.data, sources=sources)
-            if train
-            else dataclasses.replace(cfg.data, validation=sources)
-        )
-        return dataclasses.replace(cfg, data=data)
+        changes: Any = {"sources" if train else "validation": sources}
+        return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
 
     for name, source in (cfg.data.sources if train else cfg.data.validation).items():
         source = dataclasses.replace(source, layouts=LayoutWeights(**{layout: 1.0}), weight=source.weight or 1.0)
@@ -87,10 +83,8 @@ def render_row(row: LMRows, tokenizer: Any) -> str:
         places = np.flatnonzero(row.segment_ids_BL == segment)
         first, last = int(places[0]), int(places[-1])
         here = sum(1 for p in places.tolist() if p in patches)
-        lines.append(
-            f"  document {segment} ({TASKS[int(row.task_ids_BL[first])]}): "
-            f"positions {first}..{last}, {len(places)} long, {here} patches"
-        )
+        name, long = TASKS[int(row.task_ids_BL[first])], f"{len(places)} long, {here} patches"
+        lines.append(f"  document {segment} ({name}): positions {first}..{last}, {long}")
         runs = itertools.groupby(places.tolist(), key=lambda p: _kind(row, p, patches))
         for (speech, text_weight, audio_weight), group in runs:
             run = list(group)

@@ -122,9 +122,8 @@ class ClipSource:
         try:
             wav = load_audio(entry.audio, rate, self._config.resampler)
             if abs(len(wav) - planned) > _TOLERANCE * rate:
-                raise AudioError(
-                    f"{entry.audio}: truncated or changed: expected {planned / rate:.2f} s, got {len(wav) / rate:.2f} s"
-                )
+                expected = f"expected {planned / rate:.2f} s, got {len(wav) / rate:.2f} s"
+                raise AudioError(f"{entry.audio}: truncated or changed: {expected}")
         except AudioError as error:
             self._broken.add(record, str(error))
             return None
@@ -202,10 +201,8 @@ def tokenizer_loader(
     if tokenizer is None:
         tokenizer = load_text_tokenizer(data.text_tokenizer)
     if tokenizer.vocab_size > cfg.a2t.vocab_size:
-        raise DataError(
-            f"{data.text_tokenizer}: expected at most {cfg.a2t.vocab_size} ids (a2t.vocab_size), "
-            f"got {tokenizer.vocab_size}"
-        )
+        expected = f"at most {cfg.a2t.vocab_size} ids (a2t.vocab_size)"
+        raise DataError(f"{data.text_tokenizer}: expected {expected}, got {tokenizer.vocab_size}")
     needed = slot_codes(int(data.max_seconds * config.mel.sample_rate), config)
     if needed > data.row_codes:
         raise ConfigError(

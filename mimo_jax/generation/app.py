@@ -60,9 +60,7 @@ class SpeechModel:
     def __post_init__(self) -> None:
         lm, levels = self.generator.config, self.codec.config.rvq.codebook_sizes
         if levels[: lm.num_channels] != lm.codebook_sizes:
-            raise ConfigError(
-                f"audio tokenizer: expected codebooks {lm.codebook_sizes}, as the model reads, got {levels}"
-            )
+            raise ConfigError(f"audio tokenizer: expected the model's codebooks {lm.codebook_sizes}, got {levels}")
         if self.tokenizer.special["<|empty|>"] != lm.empty_id or self.tokenizer.vocab_size > lm.vocab_size:
             raise ConfigError(
                 f"text tokenizer {self.tokenizer.name}: expected <|empty|> at id {lm.empty_id} and at most "
@@ -402,10 +400,8 @@ def _output(model: SpeechModel, plan: _Plan, result: Generated) -> SpeechOutput:
     answer, earlier = Prompt(result.text, result.patches), plan.request.history
     if TASKS[plan.request.task].converses and not quirks:
         answer = model.layouts.closed(answer)
-    asked = Prompt(
-        task.prompt.text[sum(len(turn.text) for turn in earlier) :],
-        task.prompt.patches[sum(len(turn.patches) for turn in earlier) :],
-    )
+    said = sum(len(turn.text) for turn in earlier), sum(len(turn.patches) for turn in earlier)
+    asked = Prompt(task.prompt.text[said[0] :], task.prompt.patches[said[1] :])
     return SpeechOutput(
         text=text,
         codes_MR=codes_MR,

@@ -284,18 +284,12 @@ class Generator:
         require(text.ndim == 1 and len(text) > 0, "prompt.text", "at least one position")
         require(text.min() >= 0 and text.max() < c.vocab_size, "prompt.text", f"ids in 0..{c.vocab_size - 1}")
         shape = (int((text == c.empty_id).sum()), c.group_size, c.num_channels)
-        require(
-            patches.shape == shape,
-            "prompt.patches",
-            f"shape {shape} (one patch for each <|empty|>), got {patches.shape}",
-        )
+        expected = f"shape {shape} (one patch for each <|empty|>), got {patches.shape}"
+        require(patches.shape == shape, "prompt.patches", expected)
         for r, size in enumerate(c.codebook_sizes):
             codes = patches[..., r]
-            require(
-                codes.size == 0 or 0 <= codes.min() <= codes.max() < size,
-                "prompt.patches",
-                f"codes of channel {r} in 0..{size - 1}",
-            )
+            inside = codes.size == 0 or 0 <= codes.min() <= codes.max() < size
+            require(inside, "prompt.patches", f"codes of channel {r} in 0..{size - 1}")
         require(request.max_new > 0, "max_new", "a positive number of positions")
         positions = len(text) + request.max_new
         limit = f"at most {self.max_positions} positions in prompt and answer, got {len(text)} + {request.max_new}"
@@ -307,11 +301,8 @@ class Generator:
             inside = ids.size == 0 or 0 <= ids.min() <= ids.max() < c.vocab_size
             require(bool(inside), setting, f"ids in 0..{c.vocab_size - 1}")
         require(drawn.size > 0, "allowed_ids", "at least one id")
-        require(
-            request.min_new == 0 or not np.isin(drawn, stops).all(),
-            "allowed_ids",
-            "an id that does not stop, for min_new",
-        )
+        goes_on = request.min_new == 0 or not np.isin(drawn, stops).all()
+        require(goes_on, "allowed_ids", "an id that does not stop, for min_new")
         require(0 <= request.seed < 2**32, "seed", "an integer in 0..2^32-1")
 
     def arrays(self, requests: Sequence[Request], bucket: Bucket) -> _Batch:

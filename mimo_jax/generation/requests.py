@@ -202,8 +202,7 @@ def output_names(requests: Sequence[Mapping[str, Any]]) -> list[str]:
     """A different file name for each request: its `name`, or what it is about and its task."""
     names = []
     for number, request in enumerate(requests):
-        stem = (
-            f"{Path(request['audio']).stem}-{request['task']}" if "audio" in request else f"{request['task']}-{number}"
-        )
+        task, audio = request["task"], request.get("audio")
+        stem = f"{task}-{number}" if audio is None else f"{Path(audio).stem}-{task}"
         names.append(request.get("name", stem))
     return names if len(set(names)) == len(names) else [f"{i}-{name}" for i, name in enumerate(names)]

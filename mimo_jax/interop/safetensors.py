@@ -78,9 +78,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise SafetensorsError(
-                f"{path}: expected a safetensors file, got {size} bytes that announce a header of {length}"
-            )
+            got = f"{size} bytes that announce a header of {length}"
+            raise SafetensorsError(f"{path}: expected a safetensors file, got {got}")
         try:
             values = json.loads(file.read(length))
             values.pop("__metadata__", None)
@@ -236,9 +235,8 @@ class Writer:
         """
         entry = self._entries[name]
         if rows.dtype != entry.dtype or rows.shape[1:] != entry.shape[1:] or rows.ndim != len(entry.shape):
-            raise SafetensorsError(
-                f"{entry.file}: tensor {name}: expected {entry.dtype} {entry.shape}, got {rows.dtype} {rows.shape}"
-            )
+            expected, got = f"{entry.dtype} {entry.shape}", f"{rows.dtype} {rows.shape}"
+            raise SafetensorsError(f"{entry.file}: tensor {name}: expected {expected}, got {got}")
         first = entry.start + (start * (entry.nbytes // max(entry.shape[0], 1)) if entry.shape else 0)
         view = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         done = 0

@@ -112,9 +112,8 @@ def _prompt(
             return Stream(value["text"], given(value["audio"]))
         return codes[value[1:]] if isinstance(value, str) and value.startswith("@") else value
 
-    values = {
-        key: given(value) for key, value in call["kwargs"].items() if key not in ("message_list", "prompt_examples")
-    }
+    lists = ("message_list", "prompt_examples")
+    values = {key: given(value) for key, value in call["kwargs"].items() if key not in lists}
     turns = [given(message["content"]) for message in call["kwargs"].get("message_list", ())]
     system, voice, thinking = values.get("system_prompt"), values.get("prompt_speech"), values.get("thinking", False)
     # Of a turn with history, what is new was recorded.
@@ -133,9 +132,9 @@ def _prompt(
             template = index(tts_templates(text))
             if not values.get("read_text_only", True):
                 return prompts.instruct_tts(text, None, voice)
-            return (
-                prompts.instruct_tts(text, instruction, voice, template) if instruction else prompts.tts(text, template)
-            )
+            if not instruction:
+                return prompts.tts(text, template)
+            return prompts.instruct_tts(text, instruction, voice, template)
         case "audio_understanding_sft":
             return prompts.understanding(values["input_speech"], values["input_text"], thinking)
         case "spoken_dialogue_sft":

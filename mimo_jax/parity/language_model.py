@@ -88,10 +88,8 @@ class ReferenceRow:
 
     def __init__(self, config: AudioLMConfig, params: Any, ids: Mapping[str, np.ndarray]) -> None:
         self.config = config
-        self.model, self.variables = (
-            AudioLM(config, unrolled(ComputeConfig())),
-            {"params": unroll_params(params, config)},
-        )
+        self.model = AudioLM(config, unrolled(ComputeConfig()))
+        self.variables = {"params": unroll_params(params, config)}
         self.groups = {name: read_ids(x, config) for name, x in ids.items()}
         self.rows, places = one_row([*self.groups.values()], config)
         self.places = dict(zip(ids, places, strict=True))

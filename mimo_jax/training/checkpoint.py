@@ -614,11 +614,8 @@ def read_variables(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
 def _read_stored(step_dir: str | os.PathLike[str], abstract: Tree) -> Tree:
     import orbax.checkpoint as ocp
 
-    arguments = ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=True,
-    )
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(Path(step_dir).absolute() / "variables", arguments)
 
@@ -674,9 +671,8 @@ def transfer(
     for name in ("text_tokenizer", "audio_tokenizer"):
         old, new = (fingerprint.get(name) for fingerprint in (meta["data_fingerprint"], data_fingerprint or {}))
         if old and new and old != new:
-            raise CheckpointError(
-                f"{step_dir}: was trained with {name.replace('_', ' ')} {old}, the data of this run are of {new}"
-            )
+            known = f"{name.replace('_', ' ')} {old}"
+            raise CheckpointError(f"{step_dir}: was trained with {known}, the data of this run are of {new}")
     old, new = (jax.tree.map(lambda x: x.shape, {group: tree[group] for group in groups}) for tree in (saved, wanted))
     for name, *shapes in _differences(old, new, "/"):
         found, expected = ("no such parameter" if shape is None else shape for shape in shapes)

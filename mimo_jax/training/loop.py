@@ -94,10 +94,8 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     check_batch(rows, accumulation, devices)
     if any(len({d.process_index for d in group}) > 1 for group in mesh.devices.reshape(devices, -1)):
-        raise ConfigError(
-            f"mesh.tensor: expected devices of one process along this axis, got {mesh.shape['tensor']} of several: "
-            "take fewer"
-        )
+        found = f"got {mesh.shape['tensor']} of several: take fewer"
+        raise ConfigError(f"mesh.tensor: expected devices of one process along this axis, {found}")
 
 
 def to_devices(rows: Any, sharding: NamedSharding) -> Any:
@@ -433,9 +431,8 @@ def train_loop(
             if step == first + 1:
                 jax.block_until_ready(step_metrics)
                 reporter.start()
-                writer.say(
-                    f"step {step}/{run.steps}  first step, with compilation: {time.perf_counter() - begin:.1f} s"
-                )
+                seconds = time.perf_counter() - begin
+                writer.say(f"step {step}/{run.steps}  first step, with compilation: {seconds:.1f} s")
             bad = reporter.report(ready) if ready else None
             ready = []
             store.check()

@@ -141,9 +141,8 @@ class MetricsWriter:
         finite = {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
         self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         self._file.flush()
-        scalars = [
-            EventSummary.Value(tag=f"{split}/{name}", simple_value=v) for name, v in finite.items() if v is not None
-        ]
+        known = {f"{split}/{name}": value for name, value in finite.items() if value is not None}
+        scalars = [EventSummary.Value(tag=tag, simple_value=value) for tag, value in known.items()]
         self._events.add_event(Event(step=step, wall_time=time.time(), summary=EventSummary(value=scalars)))
 
     def say(self, line: str) -> None:

@@ -85,9 +85,8 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
     put = functools.partial(loop.to_devices, sharding=batch_sharding(mesh))
 
     # Update step
-    train_step = jax.jit(
-        make_train_step(cfg, model, text_decoder, optimizer), donate_argnums=0, out_shardings=(placed, replicated)
-    )
+    step = make_train_step(cfg, model, text_decoder, optimizer)
+    train_step = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated))
 
     @jax.jit
     def eval_step(state: TrainState, rows: TokenizerRows) -> StepMetrics:
