@@ -106,11 +106,7 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """`KIND:AxBxC` (TPU) or `KIND:N` (GPU, N devices).
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    """`KIND:AxBxC` (TPU) or `KIND:N` (GPU, N devices). Raises ConfigError: it is neither."""
     kind, _, shape = name.partition(":")
     numbers = shape.split("x")
     if kind not in CHIPS or not all(n.isascii() and n.isdecimal() and int(n) > 0 for n in numbers):

@@ -40,11 +40,7 @@ _COMPARED_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class CodesFile:
-    """What a file of codes holds; see the head of this module.
-
-    Raises:
-        DataError: a field is impossible.
-    """
+    """What a file of codes holds; see the head of this module. Raises DataError: a field is impossible."""
 
     codes: np.ndarray
     samples: int

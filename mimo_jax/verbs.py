@@ -28,6 +28,7 @@ from mimo_jax.config import (
 )
 from mimo_jax.config_files import load_config
 from mimo_jax.progress import Meter
+from mimo_jax.trees import flatten
 from mimo_jax.xla_flags import keep_memory, set_flags
 
 
@@ -129,7 +130,7 @@ def run_config_show(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"config": dataclasses.asdict(config), "derived": figures}, indent=2))
         return
-    for key, value in flat_settings(dataclasses.asdict(config), "config"):
+    for key, value in flatten(dataclasses.asdict(config), ".", "config.").items():
         print(f"{key} = {value}")
     print()
     width = max(map(len, figures))
@@ -180,15 +181,6 @@ def _language_model_job(options: argparse.Namespace) -> LMTrainConfig:
     if not isinstance(config, LMTrainConfig):
         raise ConfigError(f"--config={options.config}: expected a language model job, got job {config.job}")
     return config
-
-
-def flat_settings(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Nested settings as (dotted key, value), in order."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat_settings(value, f"{prefix}.{key}")
-        else:
-            yield f"{prefix}.{key}", value
 
 
 def derived_figures(config: TrainingConfig) -> dict[str, int | float]:

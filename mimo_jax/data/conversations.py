@@ -116,11 +116,7 @@ def _parse(data: bytes, where: str) -> Any:
 
 
 def check_conversation(values: Any, where: str, folder: Path) -> Conversation:
-    """Checks one conversation.
-
-    Raises:
-        ManifestError: it is not in the template; names the field.
-    """
+    """Checks one conversation. Raises ManifestError: it is not in the template; names the field."""
     whole = values if isinstance(values, dict) else {"messages": values}
     given: Any = whole.get("messages")
     _need(isinstance(given, list) and bool(given), f"{where}: messages", "a list of messages", given)

@@ -379,11 +379,7 @@ class Layouts:
         return Document(task, tuple(spans))
 
     def conversation(self, task: int, record: Record) -> Document:
-        """The document of a conversation, whole.
-
-        Raises:
-            DataError: the record is none.
-        """
+        """The document of a conversation, whole. Raises DataError: the record is none."""
         from mimo_jax.data import conversations  # which needs what is above
 
         return Document(task, conversations.render(record, self._tokenizer, self._group, self._channels))

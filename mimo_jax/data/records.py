@@ -91,11 +91,7 @@ def _example() -> Any:
 
 
 def encode_record(record: Record) -> bytes:
-    """Serialises a record (little-endian arrays).
-
-    Raises:
-        DataError: the codes are not uint16 [frames, levels].
-    """
+    """Serialises a record (little-endian arrays). Raises DataError: the codes are not uint16 [frames, levels]."""
     codes = record.codes_MR
     if codes.dtype != np.uint16 or codes.ndim != 2:
         got = f"{codes.dtype} {list(codes.shape)}"

@@ -48,11 +48,7 @@ _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file atomically.
-
-    Raises:
-        DataError: the file cannot be written (read-only folder, full disk).
-    """
+    """Writes a file atomically. Raises DataError: the file cannot be written (read-only folder, full disk)."""
     try:
         atomic_write(path, data)
     except OSError as error:
@@ -236,11 +232,7 @@ class ShardSet:
             yield from self.read(range(start, min(start + 256, len(self))))
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """Reads records by their numbers.
-
-        Raises:
-            DataError: a record is damaged; the message names the shard.
-        """
+        """Reads records by their numbers. Raises DataError: a record is damaged; the message names the shard."""
         indices = [int(i) for i in indices]
         if not indices:
             return []
@@ -347,18 +339,9 @@ class LengthIndex(NamedTuple):
 
     def entry(self, record: int) -> IndexEntry:
         """Lengths of one record."""
-        s = slice(self.segment_offsets[record], self.segment_offsets[record + 1])
-        return IndexEntry(
-            int(self.frames[record]),
-            int(self.text[record]),
-            int(self.caption[record]),
-            int(self.instruction[record]),
-            int(self.conversation[record]),
-            self.segment_tokens[s].tolist(),
-            self.segment_words[s].tolist(),
-            self.segment_starts[s].tolist(),
-            self.segment_ends[s].tolist(),
-        )
+        own = slice(self.segment_offsets[record], self.segment_offsets[record + 1])
+        segments = (self.segment_tokens, self.segment_words, self.segment_starts, self.segment_ends)
+        return IndexEntry._make([*(int(lengths[record]) for lengths in self[:5]), *(x[own].tolist() for x in segments)])
 
 
 def index_path(folder: str | Path, tokenizer: Any) -> Path:

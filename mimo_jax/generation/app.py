@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mimo_jax.config import ConfigError
+from mimo_jax.config import Checked, ConfigError
 from mimo_jax.data.chat import Stream
 from mimo_jax.generation.generate import Bucket, Generated, Generator, Prompt, Request, Timing
 from mimo_jax.generation.prompts import Kind, Prompts, TaskPrompt
@@ -79,7 +79,7 @@ class SpeechModel:
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
+class GenerationSettings(Checked):
     """How to generate.
 
     Attributes:
@@ -111,15 +111,11 @@ class GenerationSettings:
     reference_quirks: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_seconds <= 1e6:
-            raise ConfigError(f"max_seconds: expected a positive number up to 1e6, got {self.max_seconds!r}")
-        if not 0 <= self.min_seconds <= self.max_seconds:
-            raise ConfigError(f"min_seconds: expected 0..max_seconds ({self.max_seconds}), got {self.min_seconds!r}")
-        for name in ("max_text", "max_new", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed: expected an integer in 0..2^32-1, got {self.seed!r}")
+        self._require(0 < self.max_seconds <= 1e6, "max_seconds", "a positive number up to 1e6")
+        longest = f"0..max_seconds ({self.max_seconds})"
+        self._require(0 <= self.min_seconds <= self.max_seconds, "min_seconds", longest)
+        self._positive("max_text", "batch_size", *([] if self.max_new is None else ["max_new"]))
+        self._require(0 <= self.seed < 2**32, "seed", "an integer in 0..2^32-1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

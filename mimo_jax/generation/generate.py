@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig, ConfigError
+from mimo_jax.data.layouts import SpeechSpan, TextSpan
 from mimo_jax.generation.sampling import (
     DEFAULT_TEXT,
     GREEDY,
@@ -50,6 +51,15 @@ class Prompt:
 
     text: np.ndarray
     patches: np.ndarray
+
+    @classmethod
+    def of(cls, spans: Iterable[TextSpan | SpeechSpan], config: AudioLMConfig) -> Prompt:
+        """What `data.chat.render` gives."""
+        spans = list(spans)
+        text = [s.ids if isinstance(s, TextSpan) else np.full(len(s), config.empty_id, np.int32) for s in spans]
+        patches = [s.patches_NGR.astype(np.int32) for s in spans if isinstance(s, SpeechSpan)]
+        none = np.zeros((0, config.group_size, config.num_channels), np.int32)
+        return cls(np.concatenate(text), np.concatenate([none, *patches]))
 
     def __add__(self, other: Prompt) -> Prompt:
         """What stands first, then what follows."""

@@ -33,7 +33,6 @@ from mimo_jax.data.layouts import (
     PREFIX_MIXED,
     PREFIX_SPEECH,
     STREAM_GROUP,
-    TextSpan,
 )
 from mimo_jax.generation.generate import Prompt
 from mimo_jax.generation.sampling import (
@@ -94,11 +93,7 @@ def tts_templates(text: str) -> tuple[str, ...]:
 
 
 def choose_template(templates: Sequence[str], index: int | None, seed: int) -> str:
-    """The template of an index, or one drawn by a seed.
-
-    Raises:
-        ConfigError: there is no such index.
-    """
+    """The template of an index, or one drawn by a seed. Raises ConfigError: there is no such index."""
     if index is None:
         index = hash_ints(seed, len(templates)) % len(templates)
     if not 0 <= index < len(templates):
@@ -330,11 +325,7 @@ class Prompts:
 
     def _render(self, segments: Iterable[Segment], history: Prompt | None = None) -> Prompt:
         c = self._config
-        spans = chat.render(segments, self._tokenizer, c.group_size, c.num_channels)
-        text = [s.ids if isinstance(s, TextSpan) else np.full(len(s), c.empty_id, np.int32) for s in spans]
-        patches = [s.patches_NGR.astype(np.int32) for s in spans if not isinstance(s, TextSpan)]
-        none = np.zeros((0, c.group_size, c.num_channels), np.int32)
-        prompt = Prompt(np.concatenate(text), np.concatenate([none, *patches]))
+        prompt = Prompt.of(chat.render(segments, self._tokenizer, c.group_size, c.num_channels), c)
         return prompt if history is None else history + prompt
 
     def _require(self, text: str, name: str) -> None:

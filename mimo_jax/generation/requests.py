@@ -109,11 +109,7 @@ def read_requests(path: str | Path, task: str) -> list[dict[str, Any]]:
 
 
 def check_request(request: Mapping[str, Any]) -> None:
-    """Checks a request whose recordings and history are still names of files.
-
-    Raises:
-        ConfigError: it cannot be one.
-    """
+    """Checks a request whose recordings and history are still names of files. Raises ConfigError: it cannot be one."""
     for key, value in request.items():
         kind = _FIELDS.get(key) or SETTINGS.get(key)
         if kind is None:

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.config import ConfigError
+from mimo_jax.config import Checked
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """How one request draws its ids.
 
     Attributes:
@@ -38,12 +38,9 @@ class SamplingConfig:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature: expected a non-negative number, got {self.temperature!r}")
-        if not 0 <= self.top_k < 2**31:
-            raise ConfigError(f"top_k: expected an integer in 0..2^31-1, got {self.top_k!r}")
-        if not 0 <= self.top_p <= 1:
-            raise ConfigError(f"top_p: expected a number in [0, 1], got {self.top_p!r}")
+        self._require(0 <= self.temperature < np.inf, "temperature", "a non-negative number")
+        self._require(0 <= self.top_k < 2**31, "top_k", "an integer in 0..2^31-1")
+        self._require(0 <= self.top_p <= 1, "top_p", "a number in [0, 1]")
 
 
 GREEDY = SamplingConfig(temperature=0.0)

@@ -76,11 +76,7 @@ class ArrayReader:
     """An item of a checkpoint; `infos` says what it holds."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Opens all arrays.
-
-        Raises:
-            ValueError: the folder is no such item.
-        """
+        """Opens all arrays. Raises ValueError: the folder is no such item."""
         folder = Path(folder).absolute()
         metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"

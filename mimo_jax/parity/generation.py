@@ -78,7 +78,7 @@ def prompts(case: Case) -> None:
         name = call["name"]
         ids = write_ids(Groups.of_prompt(task.prompt, config), config)
         case.check(name, ids)
-        recorded = Groups.of_spans(render_segments(call["segments"], codes, tokenizer, config), config)
+        recorded = Groups.of_prompt(render_segments(call["segments"], codes, tokenizer, config), config)
         for key, expected, actual in (
             ("stop_token_ids", sorted(call["stop_token_ids"]), sorted(task.stop_ids)),
             ("global_sampler", _sampling(call["global_sampler"]), task.text_sampling),

@@ -214,11 +214,7 @@ def _run_file(root: Path, file: str, entries: Mapping[str, Entry]) -> list[Row]:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file.
-
-    Raises:
-        ParityError: it is missing or broken.
-    """
+    """All arrays of a file. Raises ParityError: it is missing or broken."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -229,11 +225,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        ParityError: it is missing or broken.
-    """
+    """What a JSON file holds. Raises ParityError: it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

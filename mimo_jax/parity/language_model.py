@@ -42,7 +42,7 @@ def whole(case: Case) -> None:
     config, params = cached_lm(case.folder / "model")
     tokenizer = load_text_tokenizer(case.folder / "model")
     for name, segments in meta["inputs"].items():
-        groups = Groups.of_spans(render_segments(segments, inputs, tokenizer, config), config)
+        groups = Groups.of_prompt(render_segments(segments, inputs, tokenizer, config), config)
         case.check(f"{name}/input_ids", write_ids(groups, config))
     ids = {n: x for n, x in case.expected.items() if n.endswith("/input_ids") or "/full_ids" in n}
     row = ReferenceRow(config, params, ids)
@@ -58,7 +58,7 @@ def render_segments(
     codes: Mapping[str, np.ndarray],
     tokenizer: TextTokenizer,
     config: AudioLMConfig,
-) -> list[TextSpan | SpeechSpan]:
+) -> Prompt:
     """Recorded segments (`type` text, audio or streaming), rendered as ours."""
     special = re.compile(f"({'|'.join(map(re.escape, tokenizer.special))})")
     spans: list[TextSpan | SpeechSpan] = []
@@ -73,7 +73,7 @@ def render_segments(
             ours = chat.Stream(segment["text"], codes[segment["audio"]])
         rendered = chat.render([ours], tokenizer, config.group_size, config.num_channels)
         spans += rendered if segment.get("add_sosp_eosp", True) else rendered[1:-1]
-    return spans
+    return Prompt.of(spans, config)
 
 
 class ReferenceRow:

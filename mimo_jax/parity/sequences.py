@@ -7,13 +7,12 @@ channel's "empty" id where the group is text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mimo_jax.config import AudioLMConfig
-from mimo_jax.data.layouts import SpeechSpan, TextSpan
 from mimo_jax.generation.generate import Prompt
 from mimo_jax.rows import LMRows
 
@@ -23,14 +22,6 @@ class Groups(NamedTuple):
 
     text_T: np.ndarray
     codes_TGR: np.ndarray
-
-    @classmethod
-    def of_spans(cls, spans: Iterable[TextSpan | SpeechSpan], config: AudioLMConfig) -> Groups:
-        """What `data.chat.render` gives."""
-        pieces = [s.ids if isinstance(s, TextSpan) else np.full(len(s), config.empty_id) for s in spans]
-        patches = [s.patches_NGR for s in spans if isinstance(s, SpeechSpan)]
-        none = np.zeros((0, config.group_size, config.num_channels), np.int32)
-        return cls.of_prompt(Prompt(np.concatenate(pieces), np.concatenate([none, *patches])), config)
 
     @classmethod
     def of_prompt(cls, prompt: Prompt, config: AudioLMConfig) -> Groups:

@@ -131,11 +131,7 @@ def verify(step_dir: str | os.PathLike[str], items: Sequence[str] | None = None)
 
 
 def read_meta(step_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON that was saved with a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing or not readable.
-    """
+    """The JSON that was saved with a checkpoint. Raises CheckpointError: it is missing or not readable."""
     path = Path(step_dir) / "meta" / "metadata"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
