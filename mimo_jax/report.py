@@ -196,10 +196,7 @@ def level_chart(
 
 
 def interval_chart(
-    labels: Sequence[str],
-    series: Sequence[tuple[str, Sequence[tuple[float, float, float]]]],
-    title: str,
-    y_label: str,
+    labels: Sequence[str], series: Sequence[tuple[str, Sequence[tuple[float, float, float]]]], title: str, y_label: str
 ) -> Figure:
     """Points with intervals, grouped by label; each series is (name, [(value, low, high) of each label])."""
     figure, axes = _axes(title, 11.6, 3.3)

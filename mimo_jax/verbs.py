@@ -19,13 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.atomic import atomic_write
-from mimo_jax.config import (
-    AdversarialTrainConfig,
-    ConfigError,
-    LMTrainConfig,
-    TokenizerTrainConfig,
-    TrainingConfig,
-)
+from mimo_jax.config import AdversarialTrainConfig, ConfigError, LMTrainConfig, TokenizerTrainConfig, TrainingConfig
 from mimo_jax.config_files import load_config
 from mimo_jax.progress import Meter
 from mimo_jax.trees import flatten

@@ -174,10 +174,7 @@ class Prompts:
         return self._spoken((*segments, Text((SOSTM,))), DIALOGUE_TEXT, history=history)
 
     def written_dialogue(
-        self,
-        turns: Sequence[str | np.ndarray],
-        thinking: bool = False,
-        history: Prompt | None = None,
+        self, turns: Sequence[str | np.ndarray], thinking: bool = False, history: Prompt | None = None
     ) -> TaskPrompt:
         """Speech or text to be answered by text: arguments as `spoken_dialogue`; turns of the assistant are texts."""
         self._chat_only("dialogue", "conversations")
@@ -204,12 +201,7 @@ class Prompts:
         return TaskPrompt(prompt, stops, np.array([special["<|empty|>"], *stops]))
 
     def clone(
-        self,
-        text: str,
-        voice_MR: np.ndarray,
-        voice_text: str | None = None,
-        template: int | None = None,
-        seed: int = 0,
+        self, text: str, voice_MR: np.ndarray, voice_text: str | None = None, template: int | None = None, seed: int = 0
     ) -> TaskPrompt:
         """Text to be spoken in the voice of a recording. Not published; the layouts are those of TTS.
 

@@ -176,10 +176,7 @@ class Writer:
     """Files of a given content, whose bytes may then be written in any order."""
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        tensors: Mapping[str, tuple[np.dtype, Sequence[int]]],
-        shard_bytes: int,
+        self, folder: str | os.PathLike[str], tensors: Mapping[str, tuple[np.dtype, Sequence[int]]], shard_bytes: int
     ) -> None:
         """Creates the file or files and writes their headers.
 

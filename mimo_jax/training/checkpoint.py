@@ -240,10 +240,7 @@ def git_revision() -> str:
 
 
 def check_same_run(
-    meta: Mapping[str, Any],
-    config: JobConfig,
-    data_fingerprint: Mapping[str, Any],
-    where: str | os.PathLike[str],
+    meta: Mapping[str, Any], config: JobConfig, data_fingerprint: Mapping[str, Any], where: str | os.PathLike[str]
 ) -> None:
     """Makes sure that a checkpoint belongs to the run that is to be continued.
 
