@@ -18,33 +18,19 @@ _MOST_DEVICES = 2**20
 
 @dataclass(frozen=True)
 class Chip:
-    """An accelerator.
+    """An accelerator."""
 
-    Attributes:
-        kind: how JAX calls it: the beginning of `device_kind`.
-        peak_flops: bfloat16 FLOP/s.
-        hbm_bytes: memory that a program can use of one device.
-        hbm_rate: bytes/s of its memory.
-        link_rate: bytes/s of one link in one direction; for GPUs of all links to the switch.
-        network_rate: bytes/s to other slices (TPU) or other hosts (GPU).
-        attainable: share of `peak_flops`.
-        torus: axes of its torus; 0 for GPUs.
-        wraps: length whose multiples close an axis of the torus to a ring.
-        devices: JAX devices of a chip. The figures above are those of one device.
-        host: devices of one host.
-    """
-
-    kind: str
-    peak_flops: float
-    hbm_bytes: int
-    hbm_rate: float
-    link_rate: float
-    network_rate: float
-    attainable: float
-    torus: int = 0
-    wraps: int = 0
-    devices: int = 1
-    host: int = 8
+    kind: str  # how JAX calls it: the beginning of `device_kind`
+    peak_flops: float  # bfloat16 FLOP/s
+    hbm_bytes: int  # memory that a program can use of one device
+    hbm_rate: float  # bytes/s of its memory
+    link_rate: float  # bytes/s of one link in one direction; for GPUs of all links to the switch
+    network_rate: float  # bytes/s to other slices (TPU) or other hosts (GPU)
+    attainable: float  # share of `peak_flops`
+    torus: int = 0  # axes of its torus; 0 for GPUs
+    wraps: int = 0  # length whose multiples close an axis of the torus to a ring
+    devices: int = 1  # JAX devices of a chip. The figures above are those of one device.
+    host: int = 8  # devices of one host
 
 
 # TPU: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; usable memory as the compiler states it. The ICI figures there
@@ -64,19 +50,12 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices that a job runs on.
+    """Devices that a job runs on."""
 
-    Attributes:
-        name: `v5p:8x8x4`, `h100:64`.
-        chip: what they are.
-        bounds: chips along each axis of the torus of a slice; for GPUs (hosts, GPUs of a host).
-        slices: slices that the data-centre network connects.
-    """
-
-    name: str
+    name: str  # `v5p:8x8x4`, `h100:64`
     chip: Chip
-    bounds: tuple[int, ...]
-    slices: int = 1
+    bounds: tuple[int, ...]  # chips along each axis of the torus of a slice; for GPUs (hosts, GPUs of a host)
+    slices: int = 1  # slices that the data-centre network connects
 
     @property
     def chips(self) -> int:

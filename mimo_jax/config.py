@@ -168,28 +168,20 @@ class MelConfig(Checked):
 
 @dataclass(frozen=True)
 class RVQConfig(Checked):
-    """Residual vector quantiser, learned by exponential moving averages (report section 2.1; released code).
+    """Residual vector quantiser, learned by exponential moving averages (report section 2.1; released code)."""
 
-    Attributes:
-        codebook_sizes: entries of each level; all codebooks have the encoder's width.
-        ema_decay: decay of the code sums and counts.
-        epsilon: Laplace smoothing of the counts.
-        kmeans_iterations: Lloyd iterations of the start on the first batch.
-        dead_code_threshold: a code whose EMA count falls below this is replaced by a vector of the batch.
-        commitment: `first` as published (the residual handed on is the straight-through value, so only the first
-            level's commitment reaches the encoder) or `all` levels.
-        dropout_probability: share of the training segments that are quantised with a random number of levels.
-        reference_quirks: learn as the released code does: dead codes come back as they were (its moving average undoes
-            the replacement in the same step), k-means stores centroids as sums, and commitment is `first`.
-    """
-
+    # Entries of each level; all codebooks have the encoder's width.
     codebook_sizes: tuple[int, ...] = (1024, 1024) + (128,) * 18
-    ema_decay: float = 0.99
-    epsilon: float = 1e-5
-    kmeans_iterations: int = 50
-    dead_code_threshold: float = 2.0
+    ema_decay: float = 0.99  # decay of the code sums and counts
+    epsilon: float = 1e-5  # Laplace smoothing of the counts
+    kmeans_iterations: int = 50  # Lloyd iterations of the start on the first batch
+    dead_code_threshold: float = 2.0  # a code whose EMA count falls below this is replaced by a vector of the batch
+    # `first` as published (the residual handed on is the straight-through value, so only the first level's commitment
+    # reaches the encoder) or `all` levels.
     commitment: Literal["first", "all"] = "first"
-    dropout_probability: float = 0.5
+    dropout_probability: float = 0.5  # share of the training segments that are quantised with a random number of levels
+    # Learn as the released code does: dead codes come back as they were (its moving average undoes the replacement in
+    # the same step), k-means stores centroids as sums, and commitment is `first`.
     reference_quirks: bool = False
 
     def __post_init__(self) -> None:
@@ -293,25 +285,18 @@ class A2TConfig:
 
 @dataclass(frozen=True)
 class AudioLMConfig(Checked):
-    """Audio language model: patch encoder, LLM, patch decoder (report section 2.2).
+    """Audio language model: patch encoder, LLM, patch decoder (report section 2.2)."""
 
-    Attributes:
-        vocab_size: rows of the text embedding and of the untied text head.
-        empty_id: id of `<|empty|>`, which stands for "this position is a patch".
-        codebook_sizes: sizes of the RVQ channels the model reads and writes; its audio tables have one row more,
-            the last id being "empty".
-        group_size: RVQ frames of one patch.
-        delays: step at which each channel starts in the patch decoder.
-    """
-
-    vocab_size: int
-    empty_id: int
+    vocab_size: int  # rows of the text embedding and of the untied text head
+    empty_id: int  # id of `<|empty|>`, which stands for "this position is a patch"
     llm: TransformerConfig
     patch_encoder: TransformerConfig
     patch_decoder: TransformerConfig
+    # Sizes of the RVQ channels the model reads and writes; its audio tables have one row more, the last id being
+    # "empty".
     codebook_sizes: tuple[int, ...] = (1024, 1024) + (128,) * 6
-    group_size: int = 4
-    delays: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
+    group_size: int = 4  # RVQ frames of one patch
+    delays: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # step at which each channel starts in the patch decoder
 
     def __post_init__(self) -> None:
         self._require(0 <= self.empty_id < self.vocab_size, "empty_id", f"an id below vocab_size {self.vocab_size}")
@@ -572,18 +557,13 @@ class LayoutWeights:
 
 @dataclass(frozen=True)
 class SourceConfig(Checked):
-    """One shard set, the share of positions it contributes, and the layouts its records become.
+    """One shard set, the share of positions it contributes, and the layouts its records become."""
 
-    Attributes:
-        path: folder of the shard set.
-        weight: share among the sources (they need not sum to 1).
-        changes: (tokens, weight) in ascending order: from the first block of documents on that begins at or after so
-            many positions of rows, the source has that weight. On the command line as `1e9:0.5,2e9:0`.
-    """
-
-    path: str
-    weight: float
+    path: str  # folder of the shard set
+    weight: float  # share among the sources (they need not sum to 1)
     layouts: LayoutWeights
+    # (tokens, weight) in ascending order: from the first block of documents on that begins at or after so many
+    # positions of rows, the source has that weight. On the command line as `1e9:0.5,2e9:0`.
     changes: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -604,27 +584,16 @@ class SourceConfig(Checked):
 
 @dataclass(frozen=True)
 class LMDataConfig(Checked):
-    """Rows of the language model.
+    """Rows of the language model."""
 
-    Attributes:
-        sources: shard sets to mix, by name.
-        validation: held-out shard sets, by name.
-        text_tokenizer: SentencePiece model or Hugging Face `tokenizer.json`.
-        rows: rows of the global batch.
-        row_length: positions L of a row.
-        row_patches: patch budget C of a row (0 for text-only data).
-        block_documents: documents that are permuted, mixed and packed together.
-        target_conditioning: whether the conditioning side of ASR, TTS, caption and instruct-TTS documents is a
-            target too.
-    """
-
-    sources: Mapping[str, SourceConfig]
-    validation: Mapping[str, SourceConfig]
-    text_tokenizer: str
-    rows: int
-    row_length: int
-    row_patches: int
-    block_documents: int = 4096
+    sources: Mapping[str, SourceConfig]  # shard sets to mix, by name
+    validation: Mapping[str, SourceConfig]  # held-out shard sets, by name
+    text_tokenizer: str  # SentencePiece model or Hugging Face `tokenizer.json`
+    rows: int  # rows of the global batch
+    row_length: int  # positions L of a row
+    row_patches: int  # patch budget C of a row (0 for text-only data)
+    block_documents: int = 4096  # documents that are permuted, mixed and packed together
+    # Whether the conditioning side of ASR, TTS, caption and instruct-TTS documents is a target too.
     target_conditioning: bool = True
 
     _group = "data."
@@ -642,27 +611,16 @@ class LMDataConfig(Checked):
 
 @dataclass(frozen=True)
 class AudioDataConfig(Checked):
-    """Rows of the audio tokenizer: whole utterances packed by RVQ frames and text tokens.
+    """Rows of the audio tokenizer: whole utterances packed by RVQ frames and text tokens."""
 
-    Attributes:
-        manifest: JSONL manifest of the training audio.
-        validation: JSONL manifest of the held-out audio.
-        text_tokenizer: tokenizer of the A2T targets.
-        rows: rows of the global batch.
-        row_codes: RVQ frames M of a row (25 per second).
-        row_text: text tokens U of a row.
-        max_seconds: longer recordings are cropped at random, and a cropped one has no A2T target.
-        block_documents: utterances that are permuted and packed together.
-    """
-
-    manifest: str
-    validation: str
-    text_tokenizer: str
-    rows: int
-    row_codes: int
-    row_text: int
-    max_seconds: float = 30.0
-    block_documents: int = 1024
+    manifest: str  # JSONL manifest of the training audio
+    validation: str  # JSONL manifest of the held-out audio
+    text_tokenizer: str  # tokenizer of the A2T targets
+    rows: int  # rows of the global batch
+    row_codes: int  # RVQ frames M of a row (25 per second)
+    row_text: int  # text tokens U of a row
+    max_seconds: float = 30.0  # longer recordings are cropped at random, and a cropped one has no A2T target
+    block_documents: int = 1024  # utterances that are permuted and packed together
 
     _group = "data."
 
@@ -679,20 +637,14 @@ class AudioDataConfig(Checked):
 
 @dataclass(frozen=True)
 class TokenizerLossConfig:
-    """Stage 1 of the tokenizer: 10 A2T + 1 reconstruction + 1 commitment. What the report leaves open is named here.
-
-    Attributes:
-        mel_scale: `log` or `linear` magnitudes in the reconstruction loss.
-        mel_reduction: `mean` or `sum` over bins (always a mean over frames).
-        a2t_reduction: `mean` over text tokens, or `sum` over the tokens of an utterance, as the report's equation
-            has it.
-    """
+    """Stage 1 of the tokenizer: 10 A2T + 1 reconstruction + 1 commitment. What the report leaves open is named here."""
 
     a2t_weight: float = 10.0
     mel_weight: float = 1.0
     commitment_weight: float = 1.0
-    mel_scale: Literal["log", "linear"] = "log"
-    mel_reduction: Literal["mean", "sum"] = "mean"
+    mel_scale: Literal["log", "linear"] = "log"  # `log` or `linear` magnitudes in the reconstruction loss
+    mel_reduction: Literal["mean", "sum"] = "mean"  # `mean` or `sum` over bins (always a mean over frames)
+    # `mean` over text tokens, or `sum` over the tokens of an utterance, as the report's equation has it.
     a2t_reduction: Literal["mean", "sum"] = "mean"
 
 
@@ -788,20 +740,15 @@ class LMLossConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig(Checked):
-    """Low-rank branches beside frozen matrices: y = x W + alpha / rank (x A) B. Rank 0 trains the matrices themselves.
+    """Low-rank branches beside frozen matrices: y = x W + alpha / rank (x A) B. Rank 0 trains these."""
 
-    Attributes:
-        rank: columns of A, rows of B.
-        targets: names of the matrices that get one.
-        tables: whether the tables and heads of text and audio are trained in full beside them.
-    """
-
-    rank: int = 0
+    rank: int = 0  # columns of A, rows of B
     alpha: float = 32.0
+    # Names of the matrices that get one.
     targets: tuple[Literal["q", "k", "v", "out", "up", "gate", "down", "projection", "input", "codes"], ...] = (
         *("q", "k", "v", "out", "up", "gate", "down"),
     )  # every layer of every stack
-    tables: bool = False
+    tables: bool = False  # whether the tables and heads of text and audio are trained in full beside them
 
     _group = "lora."
 

@@ -36,19 +36,13 @@ from mimo_jax.data.records import DataError, Record
 
 @dataclass(frozen=True)
 class Conversation:
-    """A checked conversation.
+    """A checked conversation."""
 
-    Attributes:
-        id: its own, or `FILE:LINE`.
-        format: one of `CONVERSATION_FORMATS`.
-        messages: `role`, `content` (list of {"text": str} or {"audio": index into `audio`}), `thinking`, `chain`.
-        audio: paths of its recordings.
-    """
-
-    id: str
-    format: str
+    id: str  # its own, or `FILE:LINE`
+    format: str  # one of `CONVERSATION_FORMATS`
+    # `role`, `content` (list of {"text": str} or {"audio": index into `audio`}), `thinking`, `chain`.
     messages: tuple[Mapping[str, Any], ...]
-    audio: tuple[str, ...]
+    audio: tuple[str, ...]  # paths of its recordings
 
     def to_json(self, frames: Sequence[tuple[int, int]]) -> str:
         """What a record stores: `frames` are first and last (exclusive) RVQ frame of each recording."""

@@ -87,22 +87,14 @@ class _Tally:
 
 
 class Options(TypedDict, total=False):
-    """What any ingest may be told.
+    """What any ingest may be told."""
 
-    Attributes:
-        text_tokenizer: also compute the lengths index for it.
-        records_per_shard: inputs that one shard takes; 1024 by default, 16384 documents of text.
-        max_skipped: share of the inputs that may be left out because they cannot be used, 0.05 by default; one always
-            may.
-        worker: (i, n): make only every n-th shard, from i on; all by default.
-        progress: report on stderr, as by default.
-    """
-
-    text_tokenizer: Any
-    records_per_shard: int
+    text_tokenizer: Any  # also compute the lengths index for it
+    records_per_shard: int  # inputs that one shard takes; 1024 by default, 16384 documents of text
+    # Share of the inputs that may be left out because they cannot be used, 0.05 by default; one always may.
     max_skipped: float
-    worker: tuple[int, int]
-    progress: bool
+    worker: tuple[int, int]  # (i, n): make only every n-th shard, from i on; all by default
+    progress: bool  # report on stderr, as by default
 
 
 def ingest_audio(

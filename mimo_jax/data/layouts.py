@@ -49,25 +49,17 @@ TEXT_WORDS, SPEECH_WORDS = (10, 30), (5, 15)  # shortest and longest span of an 
 
 
 class Span(NamedTuple):
-    """A run of tokens or patches of a planned document.
+    """A run of tokens or patches of a planned document."""
 
-    Attributes:
-        kind: `ids` for given ids, `speech` for frames of the record, else the text that the tokens come from.
-        source: the ids; or (first, last) frame for speech and (first, last) segment for segments, exclusive.
-        start: first token or patch of the source that belongs to the run.
-        stop: the one after the last.
-        target: whether its positions are predicted.
-        glued: never the beginning of a piece (a closing token: it stays with what it closes).
-        context: spans with which a piece begins that is cut inside or before this span.
-    """
-
+    # `ids` for given ids, `speech` for frames of the record, else the text that the tokens come from.
     kind: Literal["ids", "speech", "text", "caption", "instruction", "segments"]
+    # The ids; or (first, last) frame for speech and (first, last) segment for segments, exclusive.
     source: tuple[int, ...]
-    start: int
-    stop: int
-    target: bool = True
-    glued: bool = False
-    context: tuple[Span, ...] = ()
+    start: int  # first token or patch of the source that belongs to the run
+    stop: int  # the one after the last
+    target: bool = True  # whether its positions are predicted
+    glued: bool = False  # never the beginning of a piece (a closing token: it stays with what it closes)
+    context: tuple[Span, ...] = ()  # spans with which a piece begins that is cut inside or before this span
 
 
 Piece = tuple[Span, ...]

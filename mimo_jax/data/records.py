@@ -34,31 +34,19 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A clip of speech or a text document. Strings that are not known are empty.
+    """A clip of speech or a text document. Strings that are not known are empty."""
 
-    Attributes:
-        id: name of the record, unique in its shard set.
-        codes_MR: uint16 [frames, levels]; no frames for a text document.
-        text: transcript of the clip, or the document.
-        language: language tag as the manifest gives it.
-        speaker: speaker name as the manifest gives it.
-        caption: description of what is heard.
-        instruction: description of the speaking style.
-        segments: timed pieces of the transcript, in order.
-        duration: seconds.
-        conversation: JSON of a conversation (`data.conversations`), whose recordings the codes are.
-    """
-
-    id: str
+    id: str  # name of the record, unique in its shard set
+    # uint16 [frames, levels]; no frames for a text document.
     codes_MR: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.uint16))
-    text: str = ""
-    language: str = ""
-    speaker: str = ""
-    caption: str = ""
-    instruction: str = ""
-    segments: tuple[Segment, ...] = ()
-    duration: float = 0.0
-    conversation: str = ""
+    text: str = ""  # transcript of the clip, or the document
+    language: str = ""  # language tag as the manifest gives it
+    speaker: str = ""  # speaker name as the manifest gives it
+    caption: str = ""  # description of what is heard
+    instruction: str = ""  # description of the speaking style
+    segments: tuple[Segment, ...] = ()  # timed pieces of the transcript, in order
+    duration: float = 0.0  # seconds
+    conversation: str = ""  # JSON of a conversation (`data.conversations`), whose recordings the codes are
 
 
 _IMPORTING = threading.Lock()

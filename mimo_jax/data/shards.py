@@ -78,30 +78,19 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardSetInfo:
-    """Contents of `manifest.json`.
+    """Contents of `manifest.json`."""
 
-    Attributes:
-        kind: `speech`, `text` or `conversation`.
-        codebook_sizes: sizes of the stored RVQ levels; empty for text.
-        frame_rate: RVQ frames per second; 0 for text.
-        tokenizer: fingerprint of the audio tokenizer; empty for text.
-        hours: hours of audio.
-        counts: records that have a text, a caption, an instruction, segments; conversations of each format.
-        skipped: inputs left out, by reason.
-        shards: the files, in order.
-        options: settings of the ingest that decide what is stored.
-    """
-
-    kind: str
-    codebook_sizes: tuple[int, ...]
-    frame_rate: float
-    tokenizer: str
+    kind: str  # `speech`, `text` or `conversation`
+    codebook_sizes: tuple[int, ...]  # sizes of the stored RVQ levels; empty for text
+    frame_rate: float  # RVQ frames per second; 0 for text
+    tokenizer: str  # fingerprint of the audio tokenizer; empty for text
     records: int
-    hours: float
+    hours: float  # of audio
+    # Records that have a text, a caption, an instruction, segments; conversations of each format.
     counts: Mapping[str, int]
-    skipped: Mapping[str, int]
-    shards: tuple[ShardFile, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, int]  # inputs left out, by reason
+    shards: tuple[ShardFile, ...]  # the files, in order
+    options: Mapping[str, Any] = field(default_factory=dict)  # settings of the ingest that decide what is stored
     format: int = FORMAT
 
     @property

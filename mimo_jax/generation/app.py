@@ -40,13 +40,6 @@ from mimo_jax.text.tokenizers import TextTokenizer
 class SpeechModel:
     """A language model with the two tokenizers it was trained with.
 
-    Attributes:
-        generator: the language model.
-        codec: the audio tokenizer.
-        tokenizer: the text tokenizer.
-        description: where they come from, for the record that `write_record` makes.
-        prompts: which prompts it knows: "base" after pre-training, "chat" after post-training.
-
     Raises:
         ConfigError: the three do not fit together.
     """
@@ -54,8 +47,9 @@ class SpeechModel:
     generator: Generator
     codec: Codec
     tokenizer: TextTokenizer
+    # Where they come from, for the record that `write_record` makes.
     description: Mapping[str, Any] = field(default_factory=dict)
-    prompts: Kind = "base"
+    prompts: Kind = "base"  # which prompts it knows: "base" after pre-training, "chat" after post-training
 
     def __post_init__(self) -> None:
         lm, levels = self.generator.config, self.codec.config.rvq.codebook_sizes
@@ -80,34 +74,22 @@ class SpeechModel:
 
 @dataclass(frozen=True)
 class GenerationSettings(Checked):
-    """How to generate.
+    """How to generate."""
 
-    Attributes:
-        max_seconds: speech to generate at most.
-        min_seconds: the answer is not ended before so many seconds of positions.
-        max_text: text tokens of an answer at most; as many again for a chain of thought.
-        max_new: positions of an answer, instead of what follows from these.
-        text_sampling: sampler of the text head; by default the published one of the task (ASR is greedy).
-        patch_sampling: sampler of the patch decoder.
-        constrain: draw only ids that the layout has a place for (a continuation holds no words).
-        force_text: where the words are given, say exactly those (see `Prompts.hold_text`).
-        seed: of the first input; the next ones follow.
-        batch_size: inputs that run together.
-        reference_quirks: as the released code does: the last position of an answer is dropped even where the limit
-            ended it, texts keep their chain of thought and stray special tokens, no speech is a second of silence, and
-            the history of a conversation does not close the assistant's turn.
-    """
-
-    max_seconds: float = 20.0
-    min_seconds: float = 0.0
-    max_text: int = 256
-    max_new: int | None = None
+    max_seconds: float = 20.0  # speech to generate at most
+    min_seconds: float = 0.0  # the answer is not ended before so many seconds of positions
+    max_text: int = 256  # text tokens of an answer at most; as many again for a chain of thought
+    max_new: int | None = None  # positions of an answer, instead of what follows from these
+    # Sampler of the text head; by default the published one of the task (ASR is greedy).
     text_sampling: SamplingConfig | None = None
-    patch_sampling: SamplingConfig = PATCHES
-    constrain: bool = True
-    force_text: bool = False
-    seed: int = 0
-    batch_size: int = 8
+    patch_sampling: SamplingConfig = PATCHES  # sampler of the patch decoder
+    constrain: bool = True  # draw only ids that the layout has a place for (a continuation holds no words)
+    force_text: bool = False  # where the words are given, say exactly those (see `Prompts.hold_text`)
+    seed: int = 0  # of the first input; the next ones follow
+    batch_size: int = 8  # inputs that run together
+    # As the released code does: the last position of an answer is dropped even where the limit ended it, texts keep
+    # their chain of thought and stray special tokens, no speech is a second of silence, and the history of a
+    # conversation does not close the assistant's turn.
     reference_quirks: bool = False
 
     def __post_init__(self) -> None:
@@ -120,38 +102,23 @@ class GenerationSettings(Checked):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TaskRequest:
-    """One input of a task; `TASKS` says which fields a task needs and takes.
+    """One input of a task; `TASKS` says which fields a task needs and takes."""
 
-    Attributes:
-        task: a key of `TASKS`.
-        audio: recording to transcribe, answer, continue, ...
-        text: what to say, or the question.
-        instruction: style of speech, or what the examples do.
-        voice: recording whose voice to take.
-        voice_text: what is said in it.
-        system: how to behave.
-        turns: earlier turns, the user's and the assistant's alternately. In a dialogue the user's are waves and the
-            assistant's (text, wave); else the user's are waves or texts and the assistant's texts.
-        history: earlier turns as an earlier call's output holds them in `history`.
-        examples: (input wave, output wave, words of the output).
-        thinking: let the model think before it answers.
-        template: which of the published wordings (an index); drawn by the seed otherwise.
-        settings: instead of those of the call.
-    """
-
-    task: str
-    audio: np.ndarray | None = None
-    text: str | None = None
-    instruction: str | None = None
-    voice: np.ndarray | None = None
-    voice_text: str | None = None
-    system: str | None = None
+    task: str  # a key of `TASKS`
+    audio: np.ndarray | None = None  # recording to transcribe, answer, continue, ...
+    text: str | None = None  # what to say, or the question
+    instruction: str | None = None  # style of speech, or what the examples do
+    voice: np.ndarray | None = None  # recording whose voice to take
+    voice_text: str | None = None  # what is said in it
+    system: str | None = None  # how to behave
+    # Earlier turns, the user's and the assistant's alternately. In a dialogue the user's are waves and the assistant's
+    # (text, wave); else the user's are waves or texts and the assistant's texts.
     turns: tuple[Any, ...] = ()
-    history: tuple[Prompt, ...] = ()
-    examples: tuple[tuple[np.ndarray, np.ndarray, str], ...] = ()
-    thinking: bool = False
-    template: int | None = None
-    settings: GenerationSettings | None = None
+    history: tuple[Prompt, ...] = ()  # earlier turns as an earlier call's output holds them in `history`
+    examples: tuple[tuple[np.ndarray, np.ndarray, str], ...] = ()  # (input wave, output wave, words of the output)
+    thinking: bool = False  # let the model think before it answers
+    template: int | None = None  # which of the published wordings (an index); drawn by the seed otherwise
+    settings: GenerationSettings | None = None  # instead of those of the call
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -172,47 +139,28 @@ class TaskRequest:
 
 @dataclass(frozen=True, eq=False)
 class SpeechOutput:
-    """The answer to one input.
+    """The answer to one input."""
 
-    Attributes:
-        text: generated text (empty for a continuation).
-        codes_MR: uint16, generated frames.
-        wav: float32 [S], generated speech; where the answer goes on after a recording, cut out of the decoding of both.
-        full_wav: float32 [S], with that recording; equal to `wav` otherwise.
-        positions: generated positions.
-        stopped: whether the model ended the answer itself, before its limit.
-        seed: all draws follow from it.
-        thinking: generated chain of thought.
-        history: the turns of the conversation so far, this one last: prompt and answer.
-        task: a key of `TASKS`.
-        settings: as used.
-    """
-
-    text: str
-    codes_MR: np.ndarray
+    text: str  # generated text (empty for a continuation)
+    codes_MR: np.ndarray  # uint16, generated frames
+    # float32 [S], generated speech; where the answer goes on after a recording, cut out of the decoding of both.
     wav: np.ndarray
-    full_wav: np.ndarray
-    positions: int
-    stopped: bool
-    seed: int
-    thinking: str
-    history: tuple[Prompt, ...]
-    task: str
+    full_wav: np.ndarray  # float32 [S], with that recording; equal to `wav` otherwise
+    positions: int  # generated positions
+    stopped: bool  # whether the model ended the answer itself, before its limit
+    seed: int  # all draws follow from it
+    thinking: str  # generated chain of thought
+    history: tuple[Prompt, ...]  # the turns of the conversation so far, this one last: prompt and answer
+    task: str  # a key of `TASKS`
     settings: GenerationSettings
 
 
 class Batch(NamedTuple):
-    """Answers to requests that ran together.
+    """Answers to requests that ran together."""
 
-    Attributes:
-        numbers: which of the requests of the call they answer.
-        outputs: the answers.
-        timing: of this batch; encoding is done before the first and counted there.
-    """
-
-    numbers: list[int]
+    numbers: list[int]  # which of the requests of the call they answer
     outputs: list[SpeechOutput]
-    timing: Timing
+    timing: Timing  # of this batch; encoding is done before the first and counted there
 
 
 def run_tasks(

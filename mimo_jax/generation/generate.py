@@ -42,15 +42,10 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a request starts from.
+    """What a request starts from."""
 
-    Attributes:
-        text: int32 [P], text ids, `<|empty|>` where a patch stands.
-        patches: integer [C, G, R], the codes of those patches in order.
-    """
-
-    text: np.ndarray
-    patches: np.ndarray
+    text: np.ndarray  # int32 [P], text ids, `<|empty|>` where a patch stands
+    patches: np.ndarray  # integer [C, G, R], the codes of those patches in order
 
     @classmethod
     def of(cls, spans: Iterable[TextSpan | SpeechSpan], config: AudioLMConfig) -> Prompt:
@@ -68,71 +63,44 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to generate.
+    """One continuation to generate."""
 
-    Attributes:
-        prompt: at least one position.
-        max_new: positions to generate at most (text ids and patches together).
-        min_new: stop ids are not drawn before this many new positions.
-        stop_ids: text ids that end the request; the one that does is part of the result.
-        allowed_ids: the only text ids that may be drawn, int32 or a tuple (`<|empty|>` among them, if patches may
-            come); None allows all.
-        forced_ids: text ids of the first new positions whatever the model says; -1 leaves a position to it. A forced
-            `<|empty|>` is a patch that the patch decoder writes.
-        text_sampling: sampler of the text head.
-        patch_sampling: sampler of the patch decoder.
-        seed: all draws of the request follow from it.
-    """
-
-    prompt: Prompt
-    max_new: int
-    stop_ids: tuple[int, ...]
-    min_new: int = 0
+    prompt: Prompt  # at least one position
+    max_new: int  # positions to generate at most (text ids and patches together)
+    stop_ids: tuple[int, ...]  # text ids that end the request; the one that does is part of the result
+    min_new: int = 0  # stop ids are not drawn before this many new positions
+    # The only text ids that may be drawn, int32 or a tuple (`<|empty|>` among them, if patches may come); None allows
+    # all.
     allowed_ids: np.ndarray | tuple[int, ...] | None = None
+    # Text ids of the first new positions whatever the model says; -1 leaves a position to it. A forced `<|empty|>` is a
+    # patch that the patch decoder writes.
     forced_ids: tuple[int, ...] = ()
-    text_sampling: SamplingConfig = DEFAULT_TEXT
-    patch_sampling: SamplingConfig = PATCHES
-    seed: int = 0
+    text_sampling: SamplingConfig = DEFAULT_TEXT  # sampler of the text head
+    patch_sampling: SamplingConfig = PATCHES  # sampler of the patch decoder
+    seed: int = 0  # all draws of the request follow from it
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a request yielded.
+    """What a request yielded."""
 
-    Attributes:
-        text: int32 [n], the new positions in order, `<|empty|>` where a patch stands.
-        patches: int32 [patches, G, R], the new patches in order.
-        stop_id: the stop id that ended the request, None where `max_new` did.
-    """
-
-    text: np.ndarray
-    patches: np.ndarray
-    stop_id: int | None
+    text: np.ndarray  # int32 [n], the new positions in order, `<|empty|>` where a patch stands
+    patches: np.ndarray  # int32 [patches, G, R], the new patches in order
+    stop_id: int | None  # the stop id that ended the request, None where `max_new` did
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall seconds of calls, which can be added up.
+    """Wall seconds of calls, which can be added up."""
 
-    Attributes:
-        encode_seconds: audio tokenizer, waves to codes; like vocoding only where waves are asked for.
-        compile_seconds: compilation of the language model's programs.
-        prefill_seconds: prompts through the language model.
-        decode_seconds: new positions.
-        vocode_seconds: audio tokenizer, codes to waves.
-        positions: new positions.
-        patches: new patches.
-        audio_seconds: speech generated.
-    """
-
-    encode_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    vocode_seconds: float = 0.0
-    positions: int = 0
-    patches: int = 0
-    audio_seconds: float = 0.0
+    encode_seconds: float = 0.0  # audio tokenizer, waves to codes; like vocoding only where waves are asked for
+    compile_seconds: float = 0.0  # compilation of the language model's programs
+    prefill_seconds: float = 0.0  # prompts through the language model
+    decode_seconds: float = 0.0  # new positions
+    vocode_seconds: float = 0.0  # audio tokenizer, codes to waves
+    positions: int = 0  # new positions
+    patches: int = 0  # new patches
+    audio_seconds: float = 0.0  # speech generated
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))

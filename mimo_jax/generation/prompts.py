@@ -53,27 +53,16 @@ _CJK = re.compile("[\u4e00-\u9fff]")
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """A prompt with what its layout says about the answer.
-
-    Attributes:
-        prompt: positions to start from.
-        stop_ids: ids that end the answer.
-        allowed_ids: int32, ids that can occur in the answer, stop ids included.
-        text_sampling: sampler of the text head, as published for the task.
-        forced_ids: ids of the first positions of the answer, -1 = free (`Prompts.hold_text`).
-        text: ids of the words to be spoken, where the task gives them.
-        stream: positions of the answer's stream that the prompt holds already; None before `<|sostm|>`.
-        thinking: whether the answer begins inside a chain of thought.
-    """
+    """A prompt with what its layout says about the answer."""
 
     prompt: Prompt
-    stop_ids: tuple[int, ...]
-    allowed_ids: np.ndarray
-    text_sampling: SamplingConfig = DEFAULT_TEXT
-    forced_ids: tuple[int, ...] = ()
-    text: tuple[int, ...] = ()
-    stream: int | None = None
-    thinking: bool = False
+    stop_ids: tuple[int, ...]  # ids that end the answer
+    allowed_ids: np.ndarray  # int32, ids that can occur in the answer, stop ids included
+    text_sampling: SamplingConfig = DEFAULT_TEXT  # sampler of the text head, as published for the task
+    forced_ids: tuple[int, ...] = ()  # ids of the first positions of the answer, -1 = free (`Prompts.hold_text`)
+    text: tuple[int, ...] = ()  # ids of the words to be spoken, where the task gives them
+    stream: int | None = None  # positions of the answer's stream that the prompt holds already; None before `<|sostm|>`
+    thinking: bool = False  # whether the answer begins inside a chain of thought
 
 
 @functools.cache

@@ -24,17 +24,12 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class SamplingConfig(Checked):
-    """How one request draws its ids.
+    """How one request draws its ids."""
 
-    Attributes:
-        temperature: scores are divided by it; 0 is greedy (the other settings then change nothing).
-        top_k: only scores that reach the k-th largest stay, ties included; 0 keeps all.
-        top_p: of the ascending cumulative probability, what is at most 1 - top_p goes; the best always stays. 1 drops
-            only what underflows to zero, 0 turns the rule off.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
+    temperature: float = 1.0  # scores are divided by it; 0 is greedy (the other settings then change nothing)
+    top_k: int = 0  # only scores that reach the k-th largest stay, ties included; 0 keeps all
+    # Of the ascending cumulative probability, what is at most 1 - top_p goes; the best always stays. 1 drops only what
+    # underflows to zero, 0 turns the rule off.
     top_p: float = 0.0
 
     def __post_init__(self) -> None:

@@ -8,21 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is.
+    """What a task is."""
 
-    Attributes:
-        summary: for people.
-        needs: fields of `TaskRequest` that must be given.
-        takes: fields that may be given.
-        speaks: whether the answer holds speech.
-        converses: whether a conversation can go on from its history.
-    """
-
-    summary: str
-    needs: tuple[str, ...]
-    takes: tuple[str, ...] = ()
-    speaks: bool = False
-    converses: bool = False
+    summary: str  # for people
+    needs: tuple[str, ...]  # fields of `TaskRequest` that must be given
+    takes: tuple[str, ...] = ()  # fields that may be given
+    speaks: bool = False  # whether the answer holds speech
+    converses: bool = False  # whether a conversation can go on from its history
 
 
 TASKS: Mapping[str, Task] = {

@@ -121,23 +121,16 @@ IGNORED = (r"model\.mtp_layers\..*", r".*\.rotary_emb\.inv_freq")
 
 
 class Tensor(NamedTuple):
-    """One published tensor and the part of our array that it is.
+    """One published tensor and the part of our array that it is."""
 
-    Attributes:
-        name: published name.
-        shape: published shape.
-        path: of our array.
-        at: where on the first axis of our array it lies: a layer (that axis is gone in the part), rows, or None for
-            the whole array.
-        part: shape of the part.
-        groups: axes of the part in published order, those joined to one published axis together.
-    """
-
-    name: str
-    shape: Shape
-    path: str
+    name: str  # published
+    shape: Shape  # published
+    path: str  # of our array
+    # Where on the first axis of our array it lies: a layer (that axis is gone in the part), rows, or None for the whole
+    # array.
     at: int | slice | None
-    part: Shape
+    part: Shape  # shape of the part
+    # Axes of the part in published order, those joined to one published axis together.
     groups: tuple[tuple[int, ...], ...]
 
     @property

@@ -31,22 +31,15 @@ class ParityError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        array: file/array.
-        verdict: `equal` (within the tolerance), `tie` (different only behind a decision whose margin is below the
-            tolerance), `input` (fed in, not computed), `skipped` or `failed`.
-        difference: largest absolute difference; None where nothing could be compared.
-        tolerance: largest difference allowed, 0 = exact.
-        note: why it is skipped, failed or a tie.
-    """
-
-    array: str
+    array: str  # file/array
+    # `equal` (within the tolerance), `tie` (different only behind a decision whose margin is below the tolerance),
+    # `input` (fed in, not computed), `skipped` or `failed`.
     verdict: str
-    difference: float | None = None
-    tolerance: float | None = None
-    note: str = ""
+    difference: float | None = None  # largest absolute difference; None where nothing could be compared
+    tolerance: float | None = None  # largest difference allowed, 0 = exact
+    note: str = ""  # why it is skipped, failed or a tie
 
 
 class Case:

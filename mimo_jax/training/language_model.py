@@ -166,27 +166,16 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
 
 
 class LMJob(NamedTuple):
-    """The parts of a job that do not need devices to exist: what training runs and `mimo-jax plan` compiles.
-
-    Attributes:
-        model: the model.
-        rates: peak learning rate of each parameter group.
-        everything: shapes of all parameters, in boxes with the logical names of their axes.
-        learnt: the same of what the state holds: everything, or what a LoRA run trains.
-        abstract: shapes of the state.
-        placed: its shardings.
-        start: parameters -> the state before the first step.
-        update: the jitted step (state, rows, base) -> (state, metrics), which donates the state.
-    """
+    """The parts of a job that do not need devices to exist: what training runs and `mimo-jax plan` compiles."""
 
     model: AudioLM
-    rates: dict[str, float]
-    everything: Tree
-    learnt: Tree
-    abstract: TrainState
-    placed: TrainState
-    start: Callable[[Tree], TrainState]
-    update: Any
+    rates: dict[str, float]  # peak learning rate of each parameter group
+    everything: Tree  # shapes of all parameters, in boxes with the logical names of their axes
+    learnt: Tree  # the same of what the state holds: everything, or what a LoRA run trains
+    abstract: TrainState  # shapes of the state
+    placed: TrainState  # its shardings
+    start: Callable[[Tree], TrainState]  # parameters -> the state before the first step
+    update: Any  # the jitted step (state, rows, base) -> (state, metrics), which donates the state
 
 
 def assemble(cfg: LMTrainConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> LMJob:

@@ -14,24 +14,16 @@ Tree = Any  # nested dictionaries of arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes; a checkpoint of it and of the data position continues a run exactly.
+    """Everything that a step changes; a checkpoint of it and of the data position continues a run exactly."""
 
-    Attributes:
-        step: int32 scalar, batches consumed. Skipped steps count: the data moves on.
-        skipped: int32 scalar, steps that were skipped because loss or gradient were not finite.
-        bad_in_row: int32 scalar, how many of the latest steps were skipped in a row. Having reached the limit of the
-            run it stays there and nothing is updated any more, until the host has seen it and ended the run.
-        params: parameters; the names on the top level are the optimiser's groups.
-        codebook: EMA codebooks of the audio tokenizer, `{}` for other models.
-        optimizer: state of the optimiser, of the trained groups only.
-    """
-
-    step: jax.Array
-    skipped: jax.Array
+    step: jax.Array  # int32 scalar, batches consumed. Skipped steps count: the data moves on.
+    skipped: jax.Array  # int32 scalar, steps that were skipped because loss or gradient were not finite
+    # int32 scalar, how many of the latest steps were skipped in a row. Having reached the limit of the run it stays
+    # there and nothing is updated any more, until the host has seen it and ended the run.
     bad_in_row: jax.Array
-    params: Tree
-    codebook: Tree
-    optimizer: Tree
+    params: Tree  # parameters; the names on the top level are the optimiser's groups
+    codebook: Tree  # EMA codebooks of the audio tokenizer, `{}` for other models
+    optimizer: Tree  # state of the optimiser, of the trained groups only
 
     @classmethod
     def start(cls, params: Tree, optimizer: Tree, codebook: Tree | None = None) -> TrainState:
