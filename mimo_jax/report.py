@@ -153,10 +153,8 @@ class Series:
     colour: int | None = None
 
 
-def line_chart(
-    series: Sequence[Series], title: str, x_label: str = "step", y_label: str = "", logarithmic: bool = False
-) -> Figure:
-    """A chart of lines over a common axis."""
+def line_chart(series: Sequence[Series], title: str, y_label: str = "", logarithmic: bool = False) -> Figure:
+    """A chart of lines over training steps."""
     figure, axes = _axes(title, 5.6, 3.3)
     for i, line in enumerate(series):
         points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and np.isfinite(y)]
@@ -167,7 +165,7 @@ def line_chart(
         marker: Any = "o" if line.style == "marked" or len(points) == 1 else None
         alpha, width = (0.35, 1.1) if line.style == "faint" else (1.0, 1.8)
         axes.plot(x, y, color=colour, label=line.label, marker=marker, markersize=4, alpha=alpha, linewidth=width)
-    axes.set_xlabel(x_label)
+    axes.set_xlabel("step")
     axes.set_ylabel(y_label)
     if logarithmic:
         axes.set_yscale("log")

@@ -97,16 +97,13 @@ def empty_row(codes: int, config: AudioTokenizerConfig) -> tuple[np.ndarray, np.
     return wav_S, np.zeros(codes * config.mel_frames_per_code, np.int32)
 
 
-def pack_clips(
-    wavs: list[np.ndarray], config: AudioTokenizerConfig, num_codes: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Packs clips [S_i] into one row of `num_codes` RVQ frames (as many as they need by default).
+def pack_clips(wavs: list[np.ndarray], config: AudioTokenizerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Packs clips [S_i] into one row of as many RVQ frames as they need.
 
     Returns:
         wav_BS float32 [1, S] and segment_ids_BT int32 [1, T], in which the clips are segments 1, 2, ... in order.
     """
-    total = sum(slot_codes(len(wav), config) for wav in wavs)
-    wav_S, segment_ids_T = empty_row(total if num_codes is None else num_codes, config)
+    wav_S, segment_ids_T = empty_row(sum(slot_codes(len(wav), config) for wav in wavs), config)
     start = 0
     for i, wav in enumerate(wavs):
         start += write_clip(wav_S, segment_ids_T, start, wav, i + 1, config)

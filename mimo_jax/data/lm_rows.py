@@ -175,7 +175,6 @@ def lm_loader(
     *,
     process_index: int | None = None,
     process_count: int | None = None,
-    verify: bool = False,
 ) -> RowLoader:
     """Opens the rows of a language-model job.
 
@@ -184,7 +183,6 @@ def lm_loader(
             layouts drawn by a seed of their own, in an order that never changes.
         tokenizer: text tokenizer; loaded from `cfg.data.text_tokenizer` when not given.
         process_index: which part of each global batch to read; JAX's process by default.
-        verify: compare the shards with their checksums first.
 
     Returns:
         Loader of `LMRows` with leading axis `cfg.data.rows / process_count`.
@@ -212,7 +210,7 @@ def lm_loader(
         raise DataError(f"data.{sets}: expected at least one shard set with a positive weight")
     sources, audio_tokenizer = [], ("", "")
     for name, config in sorted(configs.items()):
-        shards = ShardSet(config.path, verify=verify)
+        shards = ShardSet(config.path)
         audio_tokenizer = check_codes(name, config, shards.info, model, audio_tokenizer)
         sources.append(ShardSource(name, config, shards, layouts, tokenizer))
 

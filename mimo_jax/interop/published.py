@@ -448,7 +448,7 @@ def check_tensors(reader: Reader, expected: Sequence[names.Tensor], ignored: Seq
         raise SafetensorsError(f"{reader.folder}: {describe(faults)}")
 
 
-def _load(folder: str | os.PathLike[str], config: Config, dtype: Any) -> Tree:
+def _load(folder: str | os.PathLike[str], config: Config, dtype: Any = None) -> Tree:
     shapes = shapes_of(config)
     expected = tensors_of(config, shapes)
     arrays: dict[str, np.ndarray] = {}
@@ -462,11 +462,8 @@ def _load(folder: str | os.PathLike[str], config: Config, dtype: Any) -> Tree:
     return nest(arrays)
 
 
-def load_tokenizer(folder: str | os.PathLike[str], dtype: Any = None) -> tuple[AudioTokenizerConfig, Tree]:
+def load_tokenizer(folder: str | os.PathLike[str]) -> tuple[AudioTokenizerConfig, Tree]:
     """The audio tokenizer of a published folder.
-
-    Args:
-        dtype: of all arrays; each as stored by default.
 
     Returns:
         The config, and {"params", "codebook", "buffers"} as NumPy arrays, layers stacked.
@@ -475,11 +472,11 @@ def load_tokenizer(folder: str | os.PathLike[str], dtype: Any = None) -> tuple[A
         ConfigError, SafetensorsError: the folder does not hold what it should; names setting or tensor.
     """
     config = read_tokenizer_config(folder)
-    return config, _load(folder, config, dtype)
+    return config, _load(folder, config)
 
 
 def load_lm(folder: str | os.PathLike[str], dtype: Any = None) -> tuple[AudioLMConfig, Tree]:
-    """The audio language model of a published folder: its config and parameters; otherwise as `load_tokenizer`."""
+    """The audio language model of a published folder: its config and parameters, as stored or in `dtype`."""
     config = read_lm_config(folder)
     return config, _load(folder, config, dtype)["params"]
 
