@@ -341,16 +341,9 @@ def _plan_text_lm(source: Path, reader: Reader, like: str, seed: int) -> _Plan:
         "the text head was tied to the embedding; it is a copy now, which training moves on its own": tied,
         f"settings that differ from {like}: {' '.join(changed)}": changed,
     }
-    return _Plan(
-        LMModelConfig(model, compute, f"{ASSETS}/tokenizer.json"),
-        ["llm"],
-        tensors,
-        shapes,
-        _fresh_codec(model, compute, seed),
-        content,
-        names.IGNORED,
-        [note for note, applies in notes.items() if applies],
-    )
+    config, fresh = LMModelConfig(model, compute, f"{ASSETS}/tokenizer.json"), _fresh_codec(model, compute, seed)
+    said = [note for note, applies in notes.items() if applies]
+    return _Plan(config, ["llm"], tensors, shapes, fresh, content, names.IGNORED, said)
 
 
 def _settings(model: AudioLMConfig) -> dict[str, Any]:

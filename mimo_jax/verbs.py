@@ -224,13 +224,8 @@ def run_data_ingest(options: argparse.Namespace) -> None:
 
     shared = _ingest_settings(options)
     ingest = ingest_conversations if options.conversations else ingest_audio
-    done = ingest(
-        options.conversations or options.manifest,
-        load_codec(options.audio_tokenizer, options.step),
-        options.out,
-        threads=options.threads,
-        **shared,
-    )
+    source, codec = options.conversations or options.manifest, load_codec(options.audio_tokenizer, options.step)
+    done = ingest(source, codec, options.out, threads=options.threads, **shared)
     _say_ingested(done, options.out)
 
 
@@ -279,13 +274,8 @@ def run_data_show(options: argparse.Namespace) -> None:
 def run_text_tokenizer_train(options: argparse.Namespace) -> None:
     from mimo_jax.text.tokenizers import train_sentencepiece
 
-    tokenizer = train_sentencepiece(
-        corpus_lines(options.files),
-        options.out,
-        options.vocab_size,
-        character_coverage=options.character_coverage,
-        seed=options.seed,
-    )
+    given = (corpus_lines(options.files), options.out, options.vocab_size)
+    tokenizer = train_sentencepiece(*given, character_coverage=options.character_coverage, seed=options.seed)
     print(f"{options.out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
 
 

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -333,31 +334,25 @@ class _TextCorpus:
         return len(self._places)
 
     def read(self, start: int, stop: int) -> Iterator[Record | Skip]:
-        opened, file = -1, None
+        for which, places in itertools.groupby(self._places[start:stop].tolist(), key=lambda place: place[0]):
+            path = self._files[which]
+            with open(path, "rb") as file:
+                for _, first, last, line in places:
+                    file.seek(first)
+                    yield self._record(path, line, file.read(last - first))
+
+    def _record(self, path: Path, line: int, data: bytes) -> Record | Skip:
+        name, language = f"{path.name}:{line}", self._language
         try:
-            for which, first, last, line in self._places[start:stop].tolist():
-                path = self._files[which]
-                if which != opened:
-                    if file:
-                        file.close()
-                    file, opened = open(path, "rb"), which  # noqa: SIM115  (kept open from document to document)
-                assert file is not None
-                file.seek(first)
-                data = file.read(last - first)
-                name = f"{path.name}:{line}"
-                try:
-                    if path.suffix == ".jsonl":
-                        values = self._from_json(path, line, data)
-                        text, name = values["text"], values.get("id") or name
-                        language = values.get("language") or self._language
-                    else:
-                        text, language = data.decode(), self._language
-                    yield Record(id=name, text=text.strip().replace("\r\n", "\n"), language=language)
-                except UnicodeDecodeError as error:
-                    yield Skip(name, "not UTF-8", f"{path}:{line}: expected UTF-8 ({error.reason})")
-        finally:
-            if file:
-                file.close()
+            if path.suffix == ".jsonl":
+                values = self._from_json(path, line, data)
+                text, name = values["text"], values.get("id") or name
+                language = values.get("language") or language
+            else:
+                text = data.decode()
+        except UnicodeDecodeError as error:
+            return Skip(name, "not UTF-8", f"{path}:{line}: expected UTF-8 ({error.reason})")
+        return Record(id=name, text=text.strip().replace("\r\n", "\n"), language=language)
 
     @staticmethod
     def _from_json(path: Path, line: int, data: bytes) -> Mapping[str, str]:

@@ -55,11 +55,6 @@ def write_file(path: Path, data: bytes) -> None:
         raise DataError(f"{path}: cannot write ({error.strerror})") from None
 
 
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the folder went read-only or away: the reason is already being reported
-        path.unlink(missing_ok=True)
-
-
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
@@ -130,16 +125,14 @@ def write_shard(path: Path, records: Iterable[Record]) -> ShardFile:
         info = ShardFile(path.name, count, temporary.stat().st_size, file_sha256(temporary))
         os.replace(temporary, path)
         sync_folder(path.parent)
+        return info
     except RuntimeError as error:  # what the writer raises for every failed open, write and close
-        _unlink(temporary)
         raise DataError(f"{path}: cannot write the shard ({_reason(error)})") from error
     except OSError as error:
-        _unlink(temporary)
         raise DataError(f"{path}: cannot write the shard ({error.strerror})") from None
-    except BaseException:
-        _unlink(temporary)
-        raise
-    return info
+    finally:
+        with contextlib.suppress(OSError):  # the folder went read-only or away: the reason is already being reported
+            temporary.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:

@@ -122,13 +122,9 @@ def channel_entropies(
         stacked = LMRows(*map(np.stack, zip(*rows, strict=True)))
         stacked = stacked._replace(patches_BCGR=stacked.patches_BCGR.astype(np.int32))
         right = np.asarray(score(params, stacked, stacked.patches_BCGR), np.float64)
-        wrong = np.mean(
-            [
-                np.asarray(score(params, stacked, context_BCGR), np.float64)
-                for context_BCGR in np.stack(wrongs, axis=1).astype(np.int32)
-            ],
-            axis=0,
-        )
+        contexts_XBCGR = np.stack(wrongs, axis=1).astype(np.int32)
+        scores = [np.asarray(score(params, stacked, context_BCGR), np.float64) for context_BCGR in contexts_XBCGR]
+        wrong = np.mean(scores, axis=0)
         for b, (n, _, _, counted_CG) in enumerate(chosen):
             model_NR[n] += right[b][counted_CG].sum(axis=0)
             control_NR[n] += wrong[b][counted_CG].sum(axis=0)

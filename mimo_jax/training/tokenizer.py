@@ -34,16 +34,7 @@ GROUPS = ("audio_tokenizer", "text_decoder")
 
 
 def train_tokenizer(cfg: TokenizerTrainConfig, workdir: str | os.PathLike[str]) -> None:
-    """Trains, or continues the run that is in `workdir`; returns when the run is finished.
-
-    Writes `checkpoints/` (see `checkpoint`), `metrics.jsonl`, `tensorboard/` and `config.json` to `workdir`.
-
-    Raises:
-        ConfigError: settings do not fit each other or the devices.
-        DataError: the data does not fit the settings, or is damaged.
-        OSError: the working directory or a data file cannot be read or written.
-        CheckpointError, TrainingError, SystemExit: see `loop.train_loop`.
-    """
+    """Trains, or continues the run that is in `workdir`: writes and raises what `train_language_model` does."""
     if cfg.run.accumulation != 1:
         raise ConfigError(
             f"run.accumulation: expected 1, got {cfg.run.accumulation}: the codebooks learn from whole batches; "
