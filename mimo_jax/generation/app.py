@@ -54,7 +54,7 @@ class SpeechModel:
     def __post_init__(self) -> None:
         lm, levels = self.generator.config, self.codec.config.rvq.codebook_sizes
         if levels[: lm.num_channels] != lm.codebook_sizes:
-            raise ConfigError(f"audio tokenizer: expected the model's codebooks {lm.codebook_sizes}, got {levels}")
+            raise ConfigError(f"audio tokenizer: expected codebooks {lm.codebook_sizes} of the model, got {levels}")
         if self.tokenizer.special["<|empty|>"] != lm.empty_id or self.tokenizer.vocab_size > lm.vocab_size:
             raise ConfigError(
                 f"text tokenizer {self.tokenizer.name}: expected <|empty|> at id {lm.empty_id} and at most "

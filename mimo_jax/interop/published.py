@@ -448,7 +448,7 @@ def check_tensors(reader: Reader, expected: Sequence[names.Tensor], ignored: Seq
         raise SafetensorsError(f"{reader.folder}: {describe(faults)}")
 
 
-def _load(folder: str | os.PathLike[str], config: Config, dtype: Any = None) -> Tree:
+def _load(folder: str | os.PathLike[str], config: Config, dtype: Any) -> Tree:
     shapes = shapes_of(config)
     expected = tensors_of(config, shapes)
     arrays: dict[str, np.ndarray] = {}
@@ -462,17 +462,17 @@ def _load(folder: str | os.PathLike[str], config: Config, dtype: Any = None) -> 
     return nest(arrays)
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> tuple[AudioTokenizerConfig, Tree]:
+def load_tokenizer(folder: str | os.PathLike[str], dtype: Any = None) -> tuple[AudioTokenizerConfig, Tree]:
     """The audio tokenizer of a published folder.
 
     Returns:
-        The config, and {"params", "codebook", "buffers"} as NumPy arrays, layers stacked.
+        The config, and {"params", "codebook", "buffers"} as NumPy arrays in `dtype`, or as stored; layers stacked.
 
     Raises:
         ConfigError, SafetensorsError: the folder does not hold what it should; names setting or tensor.
     """
     config = read_tokenizer_config(folder)
-    return config, _load(folder, config)
+    return config, _load(folder, config, dtype)
 
 
 def load_lm(folder: str | os.PathLike[str], dtype: Any = None) -> tuple[AudioLMConfig, Tree]:
