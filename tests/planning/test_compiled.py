@@ -70,19 +70,22 @@ def test_a_flag_that_the_compiler_does_not_know_is_named_and_left_out(tmp_path, 
     assert "no flag xla_no_such_flag: compiled without it" in capsys.readouterr().err
 
 
-def test_the_compiler_for_tpus_takes_the_flags_of_training(monkeypatch, capsys):
-    """And heeds them: a value that is none is refused."""
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_compilers_for_tpus_take_the_flags_of_training(name, monkeypatch, capsys):
+    """And heed them: a value that is none is refused."""
     pytest.importorskip("libtpu")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), tpu_devices(V5E))
+    topology = parse_topology(name)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=2), tpu_devices(topology))
+    fsdp = mesh.shape["fsdp"]
     cut = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
     program = jax.jit(lambda a, b: a @ b).lower(cut, cut)
     flags = tpu_flags(tensor=True)
-    assert Compiler()(program, V5E, flags).argument_bytes == 2 * 512 * 512 * 2 // 4
+    assert Compiler()(program, topology, flags).argument_bytes == 2 * 512 * 512 * 2 // (2 * fsdp)
     assert "compiled without it" not in capsys.readouterr().err
-    for name in flags:
-        with pytest.raises(jax.errors.JaxRuntimeError, match=f"'maybe' .*{name}"):
-            Compiler()(program, V5E, {name: "maybe"})
+    for flag in flags:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"'maybe' .*{flag}"):
+            Compiler()(program, topology, {flag: "maybe"})
 
 
 def test_a_step_is_compiled_with_the_flags_that_training_sets(monkeypatch):
