@@ -38,7 +38,7 @@ check: setup ## formatter, linter, type checker
 	$(BIN)/mypy
 
 test: check ## check, and every test that is not slow (ARGS are passed to pytest)
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 # Compiling for TPUs that are not here takes a package of 600 MB, which nothing else needs.
 .venv/tpu.stamp: .venv/package.stamp requirements-tpu.lock
