@@ -19,11 +19,11 @@ saved, and the base may be bfloat16; rates ten times higher are a good start:
 Plans (`mimo-jax plan`, docs/planning.md), memory of a device and time of a step; nothing was run there (adapters: see
 docs/training.md):
 
-    7b h100:8: 28.2 GiB by arithmetic, 63.5 s
-    7b v5p:2x2x2: 28.2 GiB by arithmetic, 76.9 s
-    7b h100:8 lora.rank=64 lora.tables=true compute.param_dtype=bfloat16: 16.5 GiB by arithmetic, 53.1 s
-    1b h100:8: 5.9 GiB by arithmetic, 5.9 s
-    1b v5e:2x4: 5.9 GiB by arithmetic, 19.0 s
+    7b h100:8: 28.9 GiB by arithmetic, 63.5 s
+    7b v5p:2x2x2: 28.9 GiB by arithmetic, 76.9 s
+    7b h100:8 lora.rank=64 lora.tables=true compute.param_dtype=bfloat16: 17.1 GiB by arithmetic, 53.1 s
+    1b h100:8: 6.2 GiB by arithmetic, 5.9 s
+    1b v5e:2x4: 6.2 GiB by arithmetic, 19.0 s
 """
 
 from ml_collections import ConfigDict

@@ -11,9 +11,9 @@ from; the smaller sizes are trained from scratch here and have their own.
 
 Plans (`mimo-jax plan`, docs/planning.md), memory of a device and time of a step; nothing was run there:
 
-    7b v5p:8x8x4: 11.7 GiB by arithmetic, 14.0 s
-    7b v5e:16x16: 11.7 GiB by arithmetic, 34.7 s
-    1b v5e:8x8: 7.0 GiB by arithmetic, 5.6 s
+    7b v5p:8x8x4: 11.9 GiB by arithmetic, 14.0 s
+    7b v5e:16x16: 11.9 GiB by arithmetic, 34.7 s
+    1b v5e:8x8: 7.1 GiB by arithmetic, 5.6 s
 """
 
 from ml_collections import ConfigDict

@@ -46,10 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _leave(1)
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
-        # 3: a training job that is worth another try, as `launch` knows. Settings and data that are wrong, and files
-        # that are not there, stay so.
-        lasting = isinstance(error, (ValueError, FileNotFoundError))
-        code = 3 if options.run is verbs.run_train and not lasting else 2
+        code = 3 if verbs.worth_another_try(options, error) else 2
         if _one_of_several():
             _leave(code)
         return code

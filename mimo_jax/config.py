@@ -379,7 +379,7 @@ class ComputeConfig(Checked):
             `full` nothing; `offload` is `full`, and the inputs (of rows, not of patches) wait in the host's memory.
         scan_layers: one compiled layer for a whole stack (stacked weights); False unrolls (faster decoding on CPU).
         attention: implementation; `auto` picks splash on TPU, elsewhere dense for short rows and chunked for long ones.
-            `triton` is for GPUs, for rows of 128 positions or more.
+            `triton` is for GPUs.
         patch_chunk: patches per device that go through patch encoder and patch decoder at once; 0 takes all. Fewer need
             less memory, and gather the parameters of both once per chunk.
         logits_chunk: text logits (positions x ids) that exist at once on a device.

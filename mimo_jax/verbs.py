@@ -61,6 +61,18 @@ def run_train(options: argparse.Namespace) -> None:
                 train_tokenizer(config, options.workdir)
 
 
+def worth_another_try(options: argparse.Namespace, error: Exception) -> bool:
+    """Whether a training job that ended so may get on when it is started again, as `launch` asks.
+
+    Settings stay wrong, and so does data that is wrong or not there, unless the run has a checkpoint: then it was there
+    once, and a file system may be away for a while.
+    """
+    if options.run is not run_train or isinstance(error, ConfigError):
+        return False
+    began = any(path.name.isdecimal() for path in Path(options.workdir, "checkpoints").glob("*"))
+    return began or not isinstance(error, (ValueError, FileNotFoundError))
+
+
 def _check_least(options: argparse.Namespace, **least: int) -> None:
     for name, number in least.items():
         if getattr(options, name) < number:

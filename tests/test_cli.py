@@ -98,10 +98,12 @@ def test_expected_errors_are_one_line_and_status_2(capsys, tmp_path):
     assert "there is no file 'nowhere.py'" in error_of(
         capsys, "train", "--config", "nowhere.py:tiny", "--workdir", tmp_path
     )
-    # Not 3: `launch` would try again.
-    assert "no such text tokenizer" in error_of(
-        capsys, "train", "--config", JOINT, "--config.data.text_tokenizer=nothing.model", "--workdir", tmp_path
-    )
+    # Not 3, with which `launch` tries again, but for a run that had its files once.
+    lost = ("train", "--config", JOINT, "--config.data.text_tokenizer=nothing.model", "--workdir", tmp_path)
+    assert "no such text tokenizer" in error_of(capsys, *lost)
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    assert run(*lost) == 3 and "no such text tokenizer" in capsys.readouterr().err
+    assert run(*lost, "--config.run.log_every=0") == 2 and "log_every" in capsys.readouterr().err
     assert "nothing.txt: No such file" in error_of(
         capsys, "text-tokenizer", "train", tmp_path / "nothing.txt", "--out", tmp_path / "t.model"
     )

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 
 def spans(group_size: int, delays: Sequence[int], num_steps: int) -> Iterator[tuple[int, int, int]]:
-    """Channel, first step and number of frames of what each channel adds to the steps."""
+    """Channel, first step and number of frames of what each channel adds to the steps, if anything."""
     for channel, delay in enumerate(delays):
-        yield channel, delay, min(group_size, num_steps - delay)
+        if delay < num_steps:
+            yield channel, delay, min(group_size, num_steps - delay)
 
 
 def embed(table_VE: jax.Array, rows_XGR: jax.Array, delays: Sequence[int], num_steps: int) -> jax.Array:

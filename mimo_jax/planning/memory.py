@@ -214,6 +214,8 @@ def _work(cfg: LMTrainConfig, rows: int, shape: tuple[int, ...]) -> dict[str, fl
         kept += layers * batch * length * (config.d_model * width + layer)
         working = max(working, (batch if config is m.llm else together) * length * (2 * block["all"] + scores))
     kept += 3 * rows * L * m.llm.d_model * width  # input and output of the LLM, and a gradient
+    frames = G + (m.num_steps - 1 if cfg.loss.trains_audio else 0)
+    kept += rows * C * frames * m.patch_encoder.d_model * (2 * width + wide)  # embedded codes: sums, values, gradient
     columns = columns_at_once(rows * L, m.vocab_size // tensor, compute.logits_chunk)
     logits = 3.0 * rows * L * columns * wide
     channel = 3.0 * together * G * max(m.audio_vocab_sizes) * wide if cfg.loss.trains_audio else 0.0

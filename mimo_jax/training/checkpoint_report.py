@@ -29,8 +29,8 @@ def inspect(path: str | os.PathLike[str], step: int | None = None, verify: bool 
     path = Path(path)
     if (path / MARKER).is_file():
         # The folder of a run's checkpoint is called by its step, that of converted weights by the user.
-        own = int(path.name) if path.resolve().name.isdecimal() else checkpoint.read_meta(path).get("step")
-        if step not in (None, own):
+        name = path.resolve().name
+        if step not in (None, int(name) if name.isdecimal() else checkpoint.read_meta(path).get("step")):
             raise CheckpointError(f"{path}: this is the folder of one checkpoint, which is not step {step}")
         return _one(path, verify)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path

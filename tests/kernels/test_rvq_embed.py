@@ -33,7 +33,9 @@ def _inputs(leading, group_size=4, seed=0):
 
 
 @pytest.mark.parametrize("leading", [(4,), (4, 3), (0, 3), (4, 0)], ids=str)
-@pytest.mark.parametrize(("delays", "num_steps"), [(None, None), (DELAYS, 6), (DELAYS, 5), ((0, 3, 0), 4)])
+@pytest.mark.parametrize(
+    ("delays", "num_steps"), [(None, None), (DELAYS, 6), (DELAYS, 5), ((0, 3, 0), 4), ((0, 4, 9), 4)]
+)
 def test_sums_and_gradients_are_those_of_the_lookup_written_out(leading, delays, num_steps):
     table, codes = _inputs(leading)
     steps, late = num_steps or 4, delays or (0, 0, 0)
@@ -87,8 +89,8 @@ def test_bfloat16_is_rounded_once():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"codes": np.zeros((2, 4, 2), int)}, {"table_VE": np.zeros((16, 4))}, {"delays": (0, 0, 4)}, {"delays": (0, 0)}],
-    ids=["channels", "rows", "late", "count"],
+    [{"codes": np.zeros((2, 4, 2), int)}, {"table_VE": np.zeros((16, 4))}, {"delays": (0, 0, -1)}, {"delays": (0, 0)}],
+    ids=["channels", "rows", "early", "count"],
 )
 def test_arguments_that_do_not_fit_are_refused(wrong):
     table, codes = _inputs((2,))

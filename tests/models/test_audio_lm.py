@@ -135,3 +135,12 @@ def test_table_gradients_of_bfloat16_add_up_over_thousands_of_patches():
 
     exact, rough = table_gradient("float32"), table_gradient("bfloat16")
     assert np.linalg.norm(rough - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_patches_of_one_frame_have_steps_too():
+    config = dataclasses.replace(lm_cases.CONFIG, group_size=1)
+    model = AudioLM(config, lm_cases.COMPUTE)
+    variables = jax.eval_shape(lambda: init_params(config, lm_cases.COMPUTE, jax.random.key(0)))
+    codes, h = jax.ShapeDtypeStruct((2, 3, 1, 3), jnp.int32), jax.ShapeDtypeStruct((2, 3, 16), jnp.float32)
+    loss, hits = jax.eval_shape(functools.partial(model.apply, method="patch_cross_entropy"), variables, h, codes)
+    assert loss.shape == hits.shape == (2, 3, 3)
