@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -36,7 +35,6 @@ from mimo_jax.training.language_model import LMJob, assemble
 from mimo_jax.training.metrics import summarize
 from mimo_jax.training.optimizer import apply_gradients, make_optimizer, trained
 from mimo_jax.training.state import TrainState
-from mimo_jax.xla_flags import keep_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 _GROUPS = 5
@@ -219,7 +217,6 @@ def main() -> None:
     cfg = reference_job() if options.reference else load_config(options.config, overrides)
     if not isinstance(cfg, LMTrainConfig) or cfg.lora.rank or (options.reference and overrides):
         parser.error("expected a language-model job without LoRA; --reference takes no settings")
-    keep_memory(os.environ)
     chip = chip_of(jax.devices()[0].device_kind)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {cfg.compute.dtype}")
     results = []

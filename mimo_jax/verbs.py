@@ -23,7 +23,7 @@ from mimo_jax.config import AdversarialTrainConfig, ConfigError, LMTrainConfig, 
 from mimo_jax.config_files import load_config
 from mimo_jax.progress import Meter
 from mimo_jax.trees import flatten
-from mimo_jax.xla_flags import keep_memory, set_flags
+from mimo_jax.xla_flags import set_flags
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -33,7 +33,6 @@ def run_train(options: argparse.Namespace) -> None:
         raise ConfigError(f"--config={options.config}: this describes {stage}")
     if not options.no_xla_flags:
         set_flags(os.environ, tensor=config.mesh.tensor != 1)
-    keep_memory(os.environ)
     import jax
 
     from mimo_jax.training.signals import stop_signal

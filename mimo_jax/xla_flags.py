@@ -1,6 +1,6 @@
-"""Compiler flags of each kind of accelerator, and what the memory of a CPU needs, in one place.
+"""Compiler flags of each kind of accelerator, in one place.
 
-The flags let communication run beside computation. JAX reads them when it starts its devices, so they are put into the
+They let communication run beside computation. JAX reads them when it starts its devices, so they are put into the
 environment before that; a flag that the user has set there stays as it is.
 
 Sources: github.com/AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py (TPU); docs.jax.dev,
@@ -9,9 +9,7 @@ gpu_performance_tips, and github.com/NVIDIA/JAX-Toolbox, GPU_performance.md (GPU
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import sys
 from collections.abc import Mapping, MutableMapping
 
 # Read by libtpu alone, from LIBTPU_INIT_ARGS.
@@ -64,20 +62,6 @@ def set_flags(environment: MutableMapping[str, str], tensor: bool) -> None:
         _add(environment, "LIBTPU_INIT_ARGS", tpu_flags(tensor))
     if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         _add(environment, "XLA_FLAGS", {**GPU, **(GPU_TENSOR if tensor else {})})
-
-
-def keep_memory(environment: Mapping[str, str]) -> None:
-    """Where JAX_PLATFORMS=cpu, makes the C library keep what is freed; to be called before JAX starts its devices.
-
-    XLA takes the temporary memory of each call anew, and the kernel clears its pages: a seventh of a step of 2 GB. Does
-    nothing where there is no glibc.
-    """
-    if environment.get("JAX_PLATFORMS", "").split(",")[0] != "cpu" or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-            mallopt(parameter, value)
 
 
 def _add(environment: MutableMapping[str, str], variable: str, flags: Mapping[str, str]) -> None:

@@ -85,29 +85,3 @@ def test_the_compilers_know_the_flags(variable, program):
         environment[variable] = " ".join(f"--{k}={v}" for k, v in EVERYTHING[variable].items()) + extra
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert (done.returncode == 0) == known, done.stderr
-
-
-KEEP = """
-import os, resource, sys
-import jax, jax.numpy as jnp
-from mimo_jax.xla_flags import keep_memory
-if sys.argv[1] == "keep":
-    keep_memory(os.environ)
-product = jax.jit(lambda x: (x @ x.T @ x).sum())
-x = jnp.ones((4096, 64))
-for _ in range(3):
-    product(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-product(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
-def test_the_temporary_memory_of_a_cpu_is_kept():
-    def faults(mode: str) -> int:
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        out = subprocess.run([sys.executable, "-c", KEEP, mode], env=environment, capture_output=True, check=True)
-        return int(out.stdout)
-
-    assert 10 * faults("keep") < faults("give")
