@@ -14,7 +14,7 @@ Plans (`mimo-jax plan`, docs/planning.md), memory of a device and time of a step
     7b v5p:8x8x4: 12.0 GiB compiled, 17.8 s
     7b v5e:16x16: 11.8 GiB compiled, 45.0 s
     7b v6e:16x16: 12.2 GiB compiled, 12.9 s
-    7b v5e:16x16 slices=2 run.accumulation=4 data.row_patches=6144: 12.8 GiB compiled, 24.4 s
+    7b v5e:16x16 slices=2 run.accumulation=4: 11.8 GiB compiled, 22.5 s
     1b v5e:8x8: 7.5 GiB compiled, 8.4 s
     1b v5p:4x4x4: 8.7 GiB by arithmetic, 3.1 s
     1b v6e:8x8: 8.7 GiB by arithmetic, 2.7 s
