@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mimo_jax.config import ComputeConfig, ConfigError, TransformerConfig
 from mimo_jax.models.attention import KERNELS, attention, rope_tables, rotate
-from mimo_jax.sharding import LONG_ROW, constrain_residual, current_mesh, scatter_by_rows
+from mimo_jax.sharding import LONG_ROW, constrain_residual, scatter_by_rows
 
 INIT_SCALE = 0.02
 
@@ -96,21 +96,6 @@ def initializer(scale: float = INIT_SCALE) -> nn.initializers.Initializer:
     return init
 
 
-@jax.custom_vjp
-def _gradient_by_columns(transposed: jax.Array) -> jax.Array:
-    """The transpose of a tall matrix. On CPU its gradient is computed as what it is, and transposed afterwards.
-
-    XLA takes two thirds of the time for the wide product, but would compute the tall one.
-    """
-    return transposed
-
-
-_gradient_by_columns.defvjp(
-    lambda transposed: (transposed, None),
-    lambda _, g: (jax.lax.platform_dependent(g, cpu=jax.lax.optimization_barrier, default=lambda g: g),),
-)
-
-
 class Linear(nn.Module):
     """Affine map of the trailing axes: [..., *inputs] -> [..., *outputs], with kernel [*inputs, *outputs].
 
@@ -134,9 +119,6 @@ class Linear(nn.Module):
         # As one product of two matrices: XLA CPU takes twice as long for the gradients of anything else.
         matrix = kernel.astype(dtype).reshape(math.prod(self.inputs), math.prod(self.outputs))
         x = x.astype(dtype).reshape(math.prod(leading), matrix.shape[0])
-        mesh = current_mesh()
-        if matrix.shape[0] > matrix.shape[1] and (mesh is None or mesh.size == 1):
-            matrix = _gradient_by_columns(matrix.T).T
         y = x @ scatter_by_rows(matrix, self.input_axes[0], self.output_axes[0])
         if self.has_variable("lora", "a"):
             a, b = (jnp.asarray(self.get_variable("lora", name), dtype) for name in ("a", "b"))
