@@ -380,6 +380,7 @@ class ComputeConfig(Checked):
         scan_layers: one compiled layer for a whole stack (stacked weights); False unrolls (faster decoding on CPU).
         attention: implementation; `auto` picks splash on TPU, elsewhere dense for short rows and chunked for long ones.
             `triton` is for GPUs.
+        kernels: implementation of the RVQ lookups and of delay-pattern sampling (`mimo_jax.kernels.dispatch`).
         patch_chunk: patches per device that go through patch encoder and patch decoder at once; 0 takes all. Fewer need
             less memory, and gather the parameters of both once per chunk.
         logits_chunk: text logits (positions x ids) that exist at once on a device.
@@ -390,6 +391,7 @@ class ComputeConfig(Checked):
     remat: Literal["none", "dots", "full", "offload"] = "none"
     scan_layers: bool = True
     attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto"
+    kernels: Literal["auto", "xla", "mosaic", "triton", "interpret"] = "auto"
     patch_chunk: int = 0
     logits_chunk: int = 2**26
 
