@@ -13,9 +13,10 @@ Source: released inference code (generation loop, `min_new` and stop ids); repor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig, ConfigError
 from mimo_jax.data.layouts import SpeechSpan, TextSpan
+from mimo_jax.generation.patch_loop import decode_patches, for_one_request, patch_loop_params
 from mimo_jax.generation.sampling import (
     DEFAULT_TEXT,
     GREEDY,
@@ -34,8 +36,8 @@ from mimo_jax.generation.sampling import (
     sample,
     sampling_params,
 )
-from mimo_jax.models.audio_lm import AudioLM, active_channels, unroll_params, unrolled
-from mimo_jax.models.transformer import KVCache
+from mimo_jax.models.audio_lm import AudioLM, unroll_params, unrolled
+from mimo_jax.models.transformer import KVCache, join_projections
 
 Array = jax.Array
 
@@ -170,18 +172,19 @@ class Generator:
     ) -> None:
         """
         Args:
-            params: parameter tree of `AudioLM`, as training leaves it (layers stacked if `compute.scan_layers`).
+            params: parameter tree of `AudioLM`, as training leaves it (layers stacked if `compute.scan_layers`); an
+                empty one makes a generator whose programs can only be lowered.
             compute: precision that the model was trained with.
             text_vocab_size: ids from here on are rows that no text token uses; they are never drawn.
             max_positions: prompt and new positions of a request at most, which bounds the KV cache.
             platform: what the programs are for; by default what is here.
         """
         compute = dataclasses.replace(compute or ComputeConfig(), remat="none")
-        if (platform or jax.default_backend()) == "cpu" and compute.scan_layers:
-            params, compute = unroll_params(params, config), unrolled(compute)
+        self._on_cpu = (platform or jax.default_backend()) == "cpu"
+        self._splits = self._on_cpu and compute.scan_layers
         self.config = config
-        self.compute = compute
-        self.params = jax.tree_util.tree_map_with_path(self.stored, params)
+        self.compute = unrolled(compute) if self._splits else compute
+        self.params = self.prepared(params) if params else params
         self.text_vocab_size = config.vocab_size if text_vocab_size is None else text_vocab_size
         self.max_positions = max_positions
         self._model = AudioLM(config, self.compute)
@@ -211,11 +214,12 @@ class Generator:
         bucket = self.bucket_of(requests, bucket)
         batch = jax.device_put(self.arrays(requests, bucket))
         started = time.perf_counter()
-        prefill, decode = self._compiled(batch, bucket.new)
+        params = self._params_of_one if self._on_cpu and bucket.requests == 1 else self.params
+        prefill, decode = self._compiled(params, batch, bucket.new)
         compiled = time.perf_counter()
-        h_BD, cache = jax.block_until_ready(prefill(self.params, batch))
+        h_BD, cache = jax.block_until_ready(prefill(params, batch))
         prefilled = time.perf_counter()
-        end = jax.device_get(decode(self.params, batch, h_BD, cache)[0])
+        end = jax.device_get(decode(params, batch, h_BD, cache)[0])
         decoded = time.perf_counter()
         results = [self._result(end, b) for b in range(len(requests))]
         timing = Timing(
@@ -242,7 +246,15 @@ class Generator:
             raise ConfigError(f"bucket: expected at least {smallest}, got {bucket}")
         return bucket
 
-    def stored(self, path: Any, x: Array) -> Array:
+    def prepared(self, params: Any) -> Any:
+        """Parameters of `AudioLM` as the programs read them: those of the patch decoder under `patch_loop`."""
+        loop = patch_loop_params(params, self.config)
+        if self._splits:
+            params = unroll_params(params, self.config)
+        tree = {group: _joined(params[group]) for group in ("llm", "patch_encoder")} | {"patch_loop": loop}
+        return jax.tree_util.tree_map_with_path(self._stored, tree)
+
+    def _stored(self, path: Any, x: Array) -> Array:
         """A parameter in the dtype that it is used in. Norms compute in float32, so their scales stay as they are."""
         is_norm = any(str(getattr(key, "key", "")).startswith("norm") for key in path)
         return jnp.asarray(x) if is_norm else jnp.asarray(x, self.compute.dtype)
@@ -326,10 +338,14 @@ class Generator:
         patches = end.patches_BNGR[b, : end.counts_B[b]][text == self.config.empty_id]
         return Generated(text=text, patches=patches, stop_id=int(text[-1]) if end.stopped_B[b] else None)
 
-    def _compiled(self, batch: _Batch, new: int) -> tuple[Any, Any]:
+    @functools.cached_property
+    def _params_of_one(self) -> Any:
+        return {**self.params, "patch_loop": for_one_request(self.params["patch_loop"])}
+
+    def _compiled(self, params: Any, batch: _Batch, new: int) -> tuple[Any, Any]:
         key = (*batch.text_BP.shape, batch.patches_BCGR.shape[1], new)
         if key not in self._programs:
-            prefill, decode = self.lowered(self.params, batch, new)
+            prefill, decode = self.lowered(params, batch, new)
             self._programs[key] = (prefill.compile(), decode.compile())
         return self._programs[key]
 
@@ -376,7 +392,7 @@ class Generator:
             text_x_BD = self._apply(params, AudioLM.embed_text, ids_B[:, None])[:, 0]
 
             def patch() -> tuple[Array, Array]:
-                patches_BGR = decode_patches(self._model, params, h_BD, keys_B, batch.patch)
+                patches_BGR = decode_patches(c, self.compute, params, h_BD, keys_B, batch.patch)
                 return patches_BGR, self._apply(params, AudioLM.embed_patches, patches_BGR)
 
             nothing = jnp.zeros((B, *patch_shape), jnp.int32), text_x_BD
@@ -411,54 +427,11 @@ class Generator:
         return out, cache
 
 
-def decode_patches(model: AudioLM, params: Any, h_BD: Array, keys_B: Array, sampling: SamplingParams) -> Array:
-    """Writes the next patch of each request.
-
-    Args:
-        model: the language model, and its parameters.
-        h_BD: LLM hidden state of the position before the patch.
-        keys_B: one key per request; step t draws from `fold_in(key, t + 1)`, so that the key itself stays free.
-        sampling: sampler of each request; the "empty" id of a channel is never drawn.
-
-    Returns:
-        int32 codes [B, G, R].
-    """
-    c = model.config
-    B, R = h_BD.shape[0], c.num_channels
-
-    def apply(method: Any, *arguments: Any) -> Any:
-        return model.apply({"params": params}, *arguments, method=method)
-
-    def step(carry: tuple[Array, KVCache, Array], t: Array) -> tuple[tuple[Array, KVCache, Array], None]:
-        x_BP, cache, patches_BGR = carry
-        logits_R, cache = apply(AudioLM.patch_decoder_step, x_BP, cache)
-        keys_BR = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, t + 1), R))(keys_B)
-        codes_BR = _draw_channels(logits_R, keys_BR, sampling)
-        is_frame_GR = jnp.arange(c.group_size)[:, None] == t - jnp.array(c.delays)
-        patches_BGR = jnp.where(is_frame_GR, codes_BR[:, None], patches_BGR)
-        return (apply(AudioLM.embed_codes, codes_BR, active_channels(c, t)), cache, patches_BGR), None
-
-    x_BP = apply(AudioLM.start_patch, h_BD)
-    cache = KVCache.zeros(c.patch_decoder, B, c.num_steps, x_BP.dtype)
-    patches_BGR = jnp.zeros((B, c.group_size, R), jnp.int32)
-    (_, _, patches_BGR), _ = jax.lax.scan(step, (x_BP, cache, patches_BGR), jnp.arange(c.num_steps))
-    return patches_BGR
-
-
-def _draw_channels(logits_R: Sequence[Array], keys_BR: Array, sampling: SamplingParams) -> Array:
-    """Draws int32 codes [B, R]; channels with vocabularies of one size are drawn together."""
-    B = keys_BR.shape[0]
-    codes: list[Array | None] = [None] * len(logits_R)
-    sizes = [logits.shape[-1] for logits in logits_R]
-    for size in sorted(set(sizes)):
-        channels = [r for r, n in enumerate(sizes) if n == size]
-        logits = jnp.stack([logits_R[r] for r in channels], axis=1).reshape(B * len(channels), size)
-        params = SamplingParams(*(jnp.repeat(x, len(channels)) for x in sampling))
-        is_empty = jnp.arange(size)[None] == size - 1
-        drawn = sample(keys_BR[:, np.array(channels)].reshape(-1), logits, params, is_empty).reshape(B, -1)
-        for i, r in enumerate(channels):
-            codes[r] = drawn[:, i]
-    return jnp.stack([x for x in codes if x is not None], axis=1)
+def _joined(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a group whose stack has its projections joined."""
+    stack = group["transformer"]
+    layers = {name: join_projections(stack[name]) for name in stack if name.startswith("layers")}
+    return {**group, "transformer": {**stack, **layers}}
 
 
 def _round_up(n: int) -> int:

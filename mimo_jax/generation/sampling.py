@@ -9,7 +9,7 @@ Source: released inference code (temperature, then top-k, then top-p, then the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.config import Checked
+from mimo_jax.kernels.delay_sample.draw import Rules, draw, keep, uniform
 
 Array = jax.Array
 
@@ -73,21 +74,9 @@ def process_logits(logits_BV: Array, params: SamplingParams) -> Array:
     Returns:
         float32 [B, V].
     """
-    temperature_B = jnp.where(params.temperature_B > 0, params.temperature_B, 1.0)
-    scores_BV = logits_BV.astype(jnp.float32) / temperature_B[:, None]
-    size = scores_BV.shape[-1]
-    order_BV = jnp.argsort(scores_BV, axis=-1)  # ascending and stable: the order in which top-p drops
-    ascending_BV = jnp.take_along_axis(scores_BV, order_BV, axis=-1)
-
-    k_B = jnp.where(params.top_k_B > 0, jnp.minimum(params.top_k_B, size), size)
-    kth_B1 = jnp.take_along_axis(ascending_BV, (size - k_B)[:, None], axis=-1)
-    ascending_BV = jnp.where(ascending_BV >= kth_B1, ascending_BV, -jnp.inf)
-
-    cumulative_BV = jnp.cumsum(jax.nn.softmax(ascending_BV, axis=-1), axis=-1)
-    top_p_B1 = params.top_p_B[:, None]
-    dropped_BV = (cumulative_BV <= 1.0 - top_p_B1) & (top_p_B1 > 0) & (jnp.arange(size) < size - 1)
-    ascending_BV = jnp.where(dropped_BV, -jnp.inf, ascending_BV)
-    return jnp.put_along_axis(jnp.zeros_like(scores_BV), order_BV, ascending_BV, axis=-1, inplace=False)
+    rules = Rules.of(jnp.ones_like(params.temperature_B), params.top_k_B, params.top_p_B)
+    scores_BV, kept_BV = keep(logits_BV, logits_BV.shape[-1], *_columns(params), rules)
+    return jnp.where(kept_BV, scores_BV, -jnp.inf)
 
 
 def sample(keys_B: Array, logits_BV: Array, params: SamplingParams, removed_BV: Array | None = None) -> Array:
@@ -104,15 +93,12 @@ def sample(keys_B: Array, logits_BV: Array, params: SamplingParams, removed_BV: 
     Returns:
         int32 [B].
     """
-    logits_BV = logits_BV.astype(jnp.float32)
-    allowed_BV = logits_BV if removed_BV is None else jnp.where(removed_BV, -jnp.inf, logits_BV)
-    best_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
+    removed = jnp.zeros((), bool) if removed_BV is None else removed_BV
+    allowed_BV = jnp.broadcast_to(~removed, logits_BV.shape)
+    u_B1 = uniform(jax.vmap(jax.random.bits)(keys_B))[:, None]
+    size = logits_BV.shape[-1]
+    return draw(logits_BV, size, u_B1, *_columns(params), Rules.of(*params), allowed_BV)[:, 0]
 
-    def draw() -> Array:
-        processed_BV = jnp.where(jnp.isneginf(allowed_BV), -jnp.inf, process_logits(logits_BV, params))
-        drawn_B = jax.vmap(jax.random.categorical)(keys_B, processed_BV).astype(jnp.int32)
-        usable_B = jnp.any(processed_BV > -jnp.inf, axis=-1) & (params.temperature_B > 0)
-        return jnp.where(usable_B, drawn_B, best_B)
 
-    # A greedy batch does not pay for the sort of the vocabulary.
-    return jax.lax.cond(jnp.any(params.temperature_B > 0), draw, lambda: best_B)
+def _columns(params: SamplingParams) -> Iterator[Array]:
+    return (x[:, None] for x in params)

@@ -169,9 +169,15 @@ class _Attention(nn.Module):
             shape, axes = (heads, c.head_dim), (axis, "head_dim")
             return Linear((c.d_model,), shape, ("embed",), axes, use_bias, self.compute, name=name)(x_BLD)
 
-        q = rotate(project("q", c.num_heads, "heads", c.q_bias), shared.cos, shared.sin)
-        k = rotate(project("k", c.num_kv_heads, "kv_heads", c.k_bias), shared.cos, shared.sin)
-        v = project("v", c.num_kv_heads, "kv_heads", c.v_bias)
+        if self.has_variable("params", "qkv"):
+            heads = c.num_heads + 2 * c.num_kv_heads
+            qkv = project("qkv", heads, "heads", c.q_bias or c.k_bias or c.v_bias)
+            q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
+        else:
+            q = project("q", c.num_heads, "heads", c.q_bias)
+            k = project("k", c.num_kv_heads, "kv_heads", c.k_bias)
+            v = project("v", c.num_kv_heads, "kv_heads", c.v_bias)
+        q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
         impl = self.compute.attention
         mask: dict[str, Any] = {"q_segments_BL": shared.segment_ids_BL, "kv_segments_BS": shared.segment_ids_BL}
         if kv is not None:
@@ -208,6 +214,9 @@ class _MLP(nn.Module):
         def linear(name: str, a: int, b: int, axes: tuple[str, str]) -> Linear:
             return Linear((a,), (b,), axes[:1], axes[1:], c.mlp_bias, self.compute, name=name)
 
+        if self.has_variable("params", "gate_up"):
+            gate, h = jnp.split(linear("gate_up", c.d_model, 2 * c.d_ff, ("embed", "mlp"))(x_BLD), 2, axis=-1)
+            return linear("down", c.d_ff, c.d_model, ("mlp", "embed"))(nn.silu(gate) * h)
         h = linear("up", c.d_model, c.d_ff, ("embed", "mlp"))(x_BLD)
         if c.mlp == "swiglu":
             h = nn.silu(linear("gate", c.d_model, c.d_ff, ("embed", "mlp"))(x_BLD)) * h
@@ -324,6 +333,23 @@ def _remat(compute: ComputeConfig, length: int) -> str:
             f"compute.remat: expected none, dots or full: {jax.default_backend()} has no pinned_host memory"
         )
     return "offload" if length >= LONG_ROW else "full"
+
+
+def join_projections(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a block, or of a stack of them, with q, k and v as one matrix, and gate and up as one.
+
+    `Transformer` reads either form. At generation few rows meet each matrix, and a few large ones are read faster.
+    """
+    attn, mlp = dict(layer["attn"]), dict(layer["mlp"])
+    parts = [attn.pop(name) for name in "qkv"]
+    attn["qkv"] = {"kernel": jnp.concatenate([part["kernel"] for part in parts], axis=-2)}
+    if any("bias" in part for part in parts):
+        zeros = [part["kernel"].take(0, axis=-3) * 0 for part in parts]
+        biases = [part.get("bias", zero) for part, zero in zip(parts, zeros, strict=True)]
+        attn["qkv"]["bias"] = jnp.concatenate(biases, axis=-2)
+    if "gate" in mlp:
+        mlp["gate_up"] = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), mlp.pop("gate"), mlp.pop("up"))
+    return {**layer, "attn": attn, "mlp": mlp}
 
 
 def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import numpy as np
 from mimo_jax.config import AudioLMConfig, ComputeConfig
 from mimo_jax.data import chat
 from mimo_jax.data.layouts import SpeechSpan, TextSpan
-from mimo_jax.generation.generate import Generator, Prompt, Request, decode_patches
+from mimo_jax.generation.generate import Generator, Prompt, Request
+from mimo_jax.generation.patch_loop import decode_patches, patch_loop_params
 from mimo_jax.generation.sampling import GREEDY, sampling_params
 from mimo_jax.interop.published import load_lm
 from mimo_jax.models.audio_lm import AudioLM, active_channels, unroll_params, unrolled
@@ -266,7 +267,7 @@ def _greedy_patches(case: Case, row: ReferenceRow, params: Any, names: Sequence[
     if not names:
         return
     _, row_N, of = _asked(case, row, names, "greedy_local_positions")
-    codes_NGR = np.asarray(_decode_greedily(AudioLM(row.config, ComputeConfig()), params, row.h_LD[row_N]))
+    codes_NGR = np.asarray(_decode_greedily(row.config, params, row.h_LD[row_N]))
     gaps_ND = row.gaps(row_N, np.concatenate([case.expected[f"{name}/greedy_local_tokens"] for name in names]))
     for name, mine in of.items():
         case.check(f"{name}/greedy_local_margins", gaps_ND[mine])
@@ -278,9 +279,10 @@ def _greedy_patches(case: Case, row: ReferenceRow, params: Any, names: Sequence[
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode_greedily(model: AudioLM, params: Any, h_ND: jax.Array) -> jax.Array:
+def _decode_greedily(config: AudioLMConfig, params: Any, h_ND: jax.Array) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), len(h_ND))
-    return decode_patches(model, params, h_ND, keys, sampling_params([GREEDY] * len(h_ND)))
+    params = {"patch_loop": patch_loop_params(params, config), "patch_encoder": params["patch_encoder"]}
+    return decode_patches(config, ComputeConfig(), params, h_ND, keys, sampling_params([GREEDY] * len(h_ND)))
 
 
 def _generation(case: Case, row: ReferenceRow, params: Any, start: str, new: int) -> None:

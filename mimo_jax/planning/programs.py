@@ -132,8 +132,7 @@ def plan_generation(
     requests = [Request(prompt, length - half, stop_ids=())] * batch
     bucket = generator.bucket_of(requests)
     B, P, N = bucket.requests, bucket.prompt, bucket.new
-    shapes = unboxed(abstract_params(model, generator.compute)["params"])
-    params = jax.eval_shape(lambda tree: jax.tree_util.tree_map_with_path(generator.stored, tree), shapes)
+    params = jax.eval_shape(generator.prepared, unboxed(abstract_params(model, compute)["params"]))
     rows = _shapes(generator.arrays(requests, bucket))
     width = jnp.dtype(compute.dtype).itemsize
     llm = model.llm
