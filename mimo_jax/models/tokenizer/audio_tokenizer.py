@@ -86,14 +86,15 @@ class AudioTokenizer(nn.Module):
     ) -> jax.Array:
         """Codes int32 [B, M, R] of the first `num_levels` levels (all by default); 0 at padding."""
         z_BMD, segment_ids_BM = self.encode_features(wav_BS, segment_ids_BT, extent_BT)
-        codes_NR = rvq.quantize(self._codebook, _flat(z_BMD), num_levels)
+        codes_NR = rvq.quantize(self._codebook, _flat(z_BMD), num_levels, self.compute.kernels)
         codes_BMR = codes_NR.reshape(*segment_ids_BM.shape, -1)
         return jnp.where((segment_ids_BM > 0)[..., None], codes_BMR, 0)
 
     def dequantize(self, codes_BMR: jax.Array) -> jax.Array:
         """Sum [B, M, D] of the entries that the codes of the first R levels name; float32 (float64 in float64)."""
         codes_NR = codes_BMR.reshape(-1, codes_BMR.shape[-1])
-        return rvq.dequantize(self._codebook, codes_NR).reshape(*codes_BMR.shape[:2], -1)
+        q_ND = rvq.dequantize(self._codebook, codes_NR, self.compute.kernels)
+        return q_ND.reshape(*codes_BMR.shape[:2], -1)
 
     def decode(self, codes_BMR: jax.Array, segment_ids_BM: jax.Array) -> jax.Array:
         """Wave [B, S] of the codes of the first R levels, R being as many as are given; zero at padding.

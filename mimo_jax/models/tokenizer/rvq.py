@@ -18,6 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from mimo_jax.config import RVQConfig
+from mimo_jax.kernels.dispatch import Implementation
+from mimo_jax.kernels.rvq_decode import rvq_decode
+from mimo_jax.kernels.rvq_encode import rvq_encode
+from mimo_jax.kernels.rvq_encode.reference import at_least_float32, nearest
+from mimo_jax.kernels.rvq_encode.reference import squared_distances as squared_distances
 
 Level = dict[str, jax.Array]  # entries [K, D], code_sum [K, D], count [K]
 Codebook = dict[str, Level]
@@ -58,7 +63,7 @@ def smoothed_counts(count_K: jax.Array, epsilon: float) -> jax.Array:
 
 def entries(level: Level) -> jax.Array:
     """The codebook [K, D] of a level, at least float32 (a published one may be stored in bfloat16)."""
-    return _at_least_float32(level["entries"])
+    return at_least_float32(level["entries"])
 
 
 def level_from_sums(sums: Level, epsilon: float) -> Level:
@@ -78,35 +83,20 @@ def random_level(size: int, width: int, epsilon: float, key: jax.Array, dtype: A
     return level_from_entries(jax.random.normal(key, (size, width), dtype), jnp.ones((size,), dtype), epsilon)
 
 
-def squared_distances(x_ND: jax.Array, entries_KD: jax.Array) -> jax.Array:
-    """Squared distances x^2 - 2 x e + e^2 of vectors and entries: [N, K]."""
-    cross_NK = jnp.matmul(x_ND, entries_KD.T, precision=_HIGHEST)
-    return jnp.sum(x_ND**2, axis=1, keepdims=True) - 2.0 * cross_NK + jnp.sum(entries_KD**2, axis=1)
+def quantize(
+    codebook: Codebook, x_ND: jax.Array, num_levels: int | None = None, implementation: Implementation = "auto"
+) -> jax.Array:
+    """Codes int32 [N, R] of the first `num_levels` levels (all by default); see `rvq_encode`."""
+    return rvq_encode(x_ND, _all_entries(codebook), num_levels, implementation, sums=False).codes_NR
 
 
-def nearest(x_ND: jax.Array, entries_KD: jax.Array) -> jax.Array:
-    """Index of the nearest entry of each vector: int32 [N]; of several, the lowest."""
-    return jnp.argmin(squared_distances(x_ND, entries_KD), axis=1).astype(jnp.int32)
+def dequantize(codebook: Codebook, codes_NR: jax.Array, implementation: Implementation = "auto") -> jax.Array:
+    """Sum of the entries that the codes name, over the R >= 1 levels that they have: [N, D]; see `rvq_decode`."""
+    return rvq_decode(codes_NR, _all_entries(codebook), implementation)
 
 
-def quantize(codebook: Codebook, x_ND: jax.Array, num_levels: int | None = None) -> jax.Array:
-    """Codes int32 [N, R] of the first `num_levels` levels (all by default)."""
-    residual_ND = _at_least_float32(x_ND)
-    codes = []
-    for i in range(len(codebook) if num_levels is None else num_levels):
-        entries_KD = entries(codebook[level_name(i)])
-        code_N = nearest(residual_ND, entries_KD)
-        residual_ND = residual_ND - entries_KD[code_N]
-        codes.append(code_N)
-    return jnp.stack(codes, axis=1)
-
-
-def dequantize(codebook: Codebook, codes_NR: jax.Array) -> jax.Array:
-    """Sum of the entries that the codes name, over the R >= 1 levels that they have: [N, D]."""
-    total_ND = entries(codebook[level_name(0)])[codes_NR[:, 0]]
-    for i in range(1, codes_NR.shape[1]):
-        total_ND = total_ND + entries(codebook[level_name(i)])[codes_NR[:, i]]
-    return total_ND
+def _all_entries(codebook: Codebook) -> list[jax.Array]:
+    return [codebook[level_name(i)]["entries"] for i in range(len(codebook))]
 
 
 def draw_levels(config: RVQConfig, segment_ids_BM: jax.Array, key: jax.Array) -> jax.Array:
@@ -143,7 +133,7 @@ def train_quantize(
     Returns:
         See `QuantizerOutput`. Every sum is over the whole batch, so on a mesh it is global.
     """
-    x_ND = _at_least_float32(x_ND)
+    x_ND = at_least_float32(x_ND)
     residual_ND, total_ND = x_ND, jnp.zeros_like(x_ND)
     codes, errors, reached, counts, updated = [], [], [], [], {}
     for i in range(config.num_levels):
@@ -269,7 +259,7 @@ def init_codebooks(config: RVQConfig, z_ND: jax.Array, mask_N: jax.Array, key: j
         The codebook collection. Sums are centroid * count (the released code stores the centroid itself as the sum,
         which shrinks every codebook at its first update).
     """
-    residual_ND = _at_least_float32(z_ND)
+    residual_ND = at_least_float32(z_ND)
     codebook = {}
     for i, size in enumerate(config.codebook_sizes):
         level, residual_ND = _init_level(config, size, residual_ND, mask_N, jax.random.fold_in(key, i))
@@ -290,10 +280,6 @@ def usage_and_perplexity(code_counts: tuple[jax.Array, ...]) -> tuple[jax.Array,
         share_K = counts_K / jnp.maximum(jnp.sum(counts_K), 1.0)
         perplexity.append(jnp.exp(-jnp.sum(share_K * jnp.log(jnp.where(share_K > 0, share_K, 1.0)))))
     return used, jnp.stack(perplexity)
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _draw_vectors(x_ND: jax.Array, mask_N: jax.Array, size: int, key: jax.Array) -> jax.Array:
