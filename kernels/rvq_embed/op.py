@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mimo_jax.kernels.rvq_embed.reference import embed, embed_gradient
+from mimo_jax.kernels.dispatch import Chosen, Implementation, chosen
+from mimo_jax.kernels.rvq_embed import reference
 from mimo_jax.sharding import BATCH_AXES, mesh_that_divides
 
 
@@ -28,6 +29,7 @@ def rvq_embed(
     delays: Sequence[int] | None = None,
     num_steps: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Sum over the RVQ channels of the embeddings of their codes.
 
@@ -41,6 +43,8 @@ def rvq_embed(
             none.
         num_steps: steps T that are handed out, G by default; what would be added to a later one is left out.
         dtype: of the result, by default that of the table.
+        implementation: as in `mimo_jax.kernels.dispatch`. For float64 plain JAX runs, and on TPU for tables of which no
+            block fits VMEM.
 
     Returns:
         [B, ..., T, E].
@@ -64,21 +68,48 @@ def rvq_embed(
     table_VE = jnp.asarray(table_VE).at[starts_R + sizes_R - 1].set(0)
     rows = jnp.asarray(codes, jnp.int32) + starts_R.astype(np.int32)
     rows_BNGR = rows.reshape(rows.shape[0], math.prod(rows.shape[1:-2]), *rows.shape[-2:])
-    out = _embed(delays, num_steps, jnp.dtype(dtype or table_VE.dtype), table_VE, rows_BNGR)
+    dtype = jnp.dtype(dtype or table_VE.dtype)
+    run = chosen(implementation)
+    nothing = 0 in (rows.size, width) or min(delays) >= num_steps
+    if nothing or np.float64 in (dtype, table_VE.dtype):
+        run = "xla"
+    if run in ("mosaic", "interpret"):
+        from mimo_jax.kernels.rvq_embed.tpu import blocks
+
+        if blocks(*table_VE.shape, math.prod(codes.shape[-2:]), num_steps, dtype.itemsize) is None:
+            run = "xla"
+    if run != "xla":
+        rows_BNGR = jnp.clip(rows_BNGR, 0, len(table_VE) - 1)  # as XLA does it: kernels read wherever they are told to
+    out = _embed(delays, num_steps, dtype, run, table_VE, rows_BNGR)
     return out.reshape(*codes.shape[:-2], num_steps, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _embed(delays, num_steps, dtype, table_VE, rows_BNGR):
+def _functions(run: Chosen) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """`embed` and `embed_gradient` of the implementation."""
+    if run == "xla":
+        return reference.embed, reference.embed_gradient
+    if run == "triton":
+        from mimo_jax.kernels.rvq_embed import gpu
+
+        return gpu.embed, gpu.embed_gradient
+    from mimo_jax.kernels.rvq_embed import tpu
+
+    interpret = run == "interpret"
+    return functools.partial(tpu.embed, interpret=interpret), functools.partial(tpu.embed_gradient, interpret=interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _embed(delays, num_steps, dtype, run, table_VE, rows_BNGR):
     mesh = mesh_that_divides(batch=rows_BNGR.shape[0], fsdp=table_VE.shape[1])
+    embed, _ = _functions(run)
 
     def look_up(table_VE, rows_BNGR):
         wide = jnp.promote_types(table_VE.dtype, jnp.float32)
         if mesh is not None:
             table_VE = jax.lax.all_gather(table_VE, "fsdp", axis=1, tiled=True)
         B, N, G, R = rows_BNGR.shape
-        out = embed(table_VE.astype(wide), rows_BNGR.reshape(B * N, G, R), delays, num_steps)
-        return out.astype(dtype).reshape(B, N, *out.shape[1:])
+        out = embed(table_VE.astype(wide), rows_BNGR.reshape(B * N, G, R), delays, num_steps, dtype)
+        return out.reshape(B, N, *out.shape[1:])
 
     if mesh is None:
         return look_up(table_VE, rows_BNGR)
@@ -86,22 +117,21 @@ def _embed(delays, num_steps, dtype, table_VE, rows_BNGR):
     return jax.shard_map(look_up, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False)(table_VE, rows_BNGR)
 
 
-def _save(delays, num_steps, dtype, table_VE, rows_BNGR):
-    return _embed(delays, num_steps, dtype, table_VE, rows_BNGR), (table_VE, rows_BNGR)
+def _save(delays, num_steps, dtype, run, table_VE, rows_BNGR):
+    return _embed(delays, num_steps, dtype, run, table_VE, rows_BNGR), (table_VE, rows_BNGR)
 
 
-def _gradients(delays, num_steps, dtype, saved, gradient_BNTE):
+def _gradients(delays, num_steps, dtype, run, saved, gradient_BNTE):
     table_VE, rows_BNGR = saved
     mesh = mesh_that_divides(batch=rows_BNGR.shape[0], fsdp=table_VE.shape[1])
+    _, embed_gradient = _functions(run)
 
     def add_up(rows_BNGR, gradient_BNTE):
         B, N, G, R = rows_BNGR.shape
         E = gradient_BNTE.shape[-1]
-        wide = jnp.promote_types(table_VE.dtype, jnp.float32)
-        zeros_VE = jnp.zeros((table_VE.shape[0], E), wide)
-        total_VE = embed_gradient(
-            zeros_VE, rows_BNGR.reshape(B * N, G, R), gradient_BNTE.reshape(B * N, num_steps, E), delays
-        )
+        table = jax.ShapeDtypeStruct((len(table_VE), E), jnp.promote_types(table_VE.dtype, jnp.float32))
+        gradient_XTE = gradient_BNTE.reshape(B * N, num_steps, E)
+        total_VE = embed_gradient(table, rows_BNGR.reshape(B * N, G, R), gradient_XTE, delays)
         if mesh is not None:
             # Scattered over the major axis: TPUs would sum whole what is scattered over the minor one.
             total_VE = jax.lax.psum_scatter(total_VE.T, "fsdp", scatter_dimension=0, tiled=True).T

@@ -53,6 +53,7 @@ class PatchEncoder(nn.Module):
             delays=delays,
             num_steps=num_steps,
             dtype=self.compute.dtype,
+            implementation=self.compute.kernels,
         )
 
     def __call__(self, x_NGE: jax.Array) -> jax.Array:
