@@ -4,8 +4,8 @@
     python benchmarks/generate.py --reference            # the shapes of which the published code's speed is known
 
 Untrained weights, a short prompt of text, then patches alone, sampled as published. Prints, and with --json writes:
-patches/s of all requests together, the real-time factor of a request, and what a position spends its time on. The parts
-are differences between whole runs: text ids without sampling (LLM step), patches without sampling, all of it.
+patches/s of all requests together, the real-time factor of a request, and what a position spends its time on: the LLM
+step is that of a run of text without sampling, sampling is timed alone, patch decoder and encoder are the rest.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from train_step import reference_job
+from train_step import reference_job, seconds
 
 from mimo_jax.config import LMTrainConfig
 from mimo_jax.config_files import load_config
 from mimo_jax.generation.generate import Generator, Prompt, Request
-from mimo_jax.generation.sampling import DEFAULT_TEXT, GREEDY, PATCHES, SamplingConfig
+from mimo_jax.generation.sampling import DEFAULT_TEXT, GREEDY, PATCHES, SamplingConfig, sample, sampling_params
+from mimo_jax.kernels.delay_sample import delay_sample
 from mimo_jax.models.audio_lm import init_params
 from mimo_jax.training.language_model import CODES_PER_SECOND
 
@@ -53,32 +56,53 @@ def seconds_per_position(
     return timing.decode_seconds / new, (wall - timing.prefill_seconds - timing.decode_seconds) / new
 
 
+def sampling_step(generator: Generator, batch: int) -> Callable[[], Any]:
+    """All draws of a position alone: a text id, and the codes of a patch."""
+    c, table = generator.config, generator.params["patch_encoder"]["embedding"]
+    keys = jax.random.split(jax.random.key(0), batch)
+    text, patch = sampling_params([DEFAULT_TEXT] * batch), sampling_params([PATCHES] * batch)
+    pattern = dict(sizes=c.audio_vocab_sizes, delays=c.delays, group_size=c.group_size)
+
+    @jax.jit
+    def draws(text_BV: jax.Array, logits_BV: jax.Array, bits_TBR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(x: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            t, bits_BR = inputs
+            # What was drawn last feeds the next draw, as in the patch decoder.
+            drawn = delay_sample(
+                logits_BV + x, bits_BR, t, table, patch, implementation=generator.compute.kernels, **pattern
+            )
+            return drawn[1][:, :1].astype(jnp.float32), None
+
+        steps = (jnp.arange(c.num_steps), bits_TBR)
+        return sample(keys, text_BV, text), jax.lax.scan(step, jnp.zeros((batch, 1)), steps)[0]
+
+    normal = functools.partial(jax.random.normal, jax.random.key(1))
+    bits = jax.random.bits(jax.random.key(2), (c.num_steps, batch, c.num_channels))
+    inputs = normal((batch, c.vocab_size)), normal((batch, sum(c.audio_vocab_sizes))), bits
+    return lambda: draws(*inputs)
+
+
 def measure(generator: Generator, batch: int, new: int, repeat: int) -> dict[str, float]:
-    """Times whole runs in turns; medians of the runs and of the differences between runs of a turn."""
+    """Times whole runs in turns; medians."""
     empty = generator.config.empty_id
     run = functools.partial(seconds_per_position, generator, batch, new)
-    kinds = {
-        "llm": lambda: run(0 if empty else 1, GREEDY, GREEDY),
-        "greedy": lambda: run(empty, GREEDY, GREEDY),
-        "sampled": lambda: run(empty, DEFAULT_TEXT, PATCHES),
-    }
-    for kind in kinds.values():
-        kind()
-    turns = [{name: kind() for name, kind in kinds.items()} for _ in range(repeat)]
-
-    def median(value: Callable[[dict[str, tuple[float, float]]], float]) -> float:
-        return statistics.median(value(turn) for turn in turns)
-
-    total = median(lambda turn: turn["sampled"][0])
+    draws = sampling_step(generator, batch)
+    text, speech = (
+        functools.partial(run, 0 if empty else 1, GREEDY, GREEDY),
+        functools.partial(run, empty, DEFAULT_TEXT, PATCHES),
+    )
+    text(), speech()
+    turns = [(text()[0], *speech(), seconds(draws, 10)) for _ in range(repeat)]
+    llm, total, host, sampling = (statistics.median(values) for values in zip(*turns, strict=True))
     return {
         "batch": batch,
         "patches_per_second": batch / total,
         "real_time_factor": total * CODES_PER_SECOND / generator.config.group_size,
         "position_seconds": total,
-        "llm_step_seconds": median(lambda turn: turn["llm"][0]),
-        "patch_seconds": median(lambda turn: turn["greedy"][0] - turn["llm"][0]),
-        "sampling_seconds": median(lambda turn: turn["sampled"][0] - turn["greedy"][0]),
-        "host_seconds": median(lambda turn: turn["sampled"][1]),
+        "llm_step_seconds": llm,
+        "patch_seconds": total - llm - sampling,
+        "sampling_seconds": sampling,
+        "host_seconds": host,
     }
 
 
