@@ -39,7 +39,13 @@ def compiled_for(name: str, function: Callable, rows: Any, tables: Any) -> Any:
     mesh = make_mesh(MeshConfig(data=len(devices), fsdp=1, tensor=1), devices)
     with jax.set_mesh(mesh):
         cut, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((BATCH_AXES,), ()))
-        return jax.jit(function, in_shardings=(cut, whole)).lower(rows, tables).compile()
+        program = jax.jit(function, in_shardings=(cut, whole)).lower(rows, tables)
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # such programs cannot be read back
+    try:
+        return program.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 def print_comparison(name: str, kernel: Any, plain: Any, flops: float, vmem: int) -> None:
