@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import PartitionSpec
 
-from mimo_jax.kernels.dispatch import Chosen
-from mimo_jax.sharding import BATCH_AXES, current_mesh, mesh_that_divides
+from mimo_jax.kernels.dispatch import Chosen, if_cut
+from mimo_jax.sharding import BATCH_AXES, mesh_that_divides
 
 
 def by_rows[Result](
@@ -22,10 +22,9 @@ def by_rows[Result](
 
     Plain JAX runs where there are no rows, and where a mesh does not divide them: XLA cannot cut a kernel.
     """
-    rows, mesh, whole = array.shape[0], mesh_that_divides(batch=array.shape[0]), current_mesh()
-    if rows == 0 or (mesh is None and whole is not None and whole.size > 1):
-        implementation = "xla"
-    run = functools.partial(run, implementation)
+    rows = array.shape[0]
+    mesh = mesh_that_divides(batch=rows)
+    run = functools.partial(run, if_cut(implementation, mesh) if rows else "xla")
     if mesh is not None:
         cut = PartitionSpec(BATCH_AXES)
         run = jax.shard_map(run, mesh=mesh, in_specs=(cut, PartitionSpec()), out_specs=cut, check_vma=False)

@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+
+from mimo_jax.sharding import current_mesh
 
 Implementation = Literal["auto", "xla", "mosaic", "triton", "interpret"]
 Chosen = Literal["xla", "mosaic", "triton", "interpret"]
@@ -40,3 +42,9 @@ def chosen(implementation: Implementation) -> Chosen:
     if implementation == "auto":
         implementation = "mosaic" if jax.default_backend() == "tpu" else "xla"
     return implementation
+
+
+def if_cut(implementation: Chosen, mesh: Any) -> Chosen:
+    """`xla` where a mesh of several devices is set but `mesh_that_divides` gave none: XLA cannot cut a kernel."""
+    whole = current_mesh()
+    return "xla" if mesh is None and whole is not None and whole.size > 1 else implementation

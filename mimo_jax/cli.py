@@ -606,6 +606,8 @@ def _add_parity(subparsers: Any) -> None:
     add("folder", metavar="FOLDER", help="with manifest.json and the arrays that it lists")
     add("--only", default="", metavar="NAME,...", help="files that begin so, as tokenizer/tok_a")
     add("--json", metavar="FILE", help="write the table as JSON too")
+    kernels = "implementation of the kernels (interpret: Pallas, anywhere; default %(default)s)"
+    add("--kernels", choices=("auto", "xla", "mosaic", "triton", "interpret"), default="auto", help=kernels)
 
 
 def _add_quickstart(subparsers: Any) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from mimo_jax.kernels.delay_sample import reference
 from mimo_jax.kernels.delay_sample.draw import Pattern
-from mimo_jax.kernels.dispatch import Implementation, chosen
+from mimo_jax.kernels.dispatch import Implementation, chosen, if_cut
 from mimo_jax.sharding import BATCH_AXES, mesh_that_divides
 
 
@@ -71,7 +71,8 @@ def delay_sample(
         raise ValueError(f"delay_sample: expected sizes of at least 2, each with its delay, got {sizes} and {delays}")
 
     wide = {logits_BV.dtype, table_VE.dtype} - {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
-    which = "xla" if wide or B == 0 else chosen(implementation)
+    mesh = mesh_that_divides(batch=B)
+    which = "xla" if wide or B == 0 else if_cut(chosen(implementation), mesh)
     run: Callable[..., Any] = reference.delay_sample
     if which == "triton":
         from mimo_jax.kernels.delay_sample import gpu
@@ -86,8 +87,7 @@ def delay_sample(
     def body(*arguments: Any) -> Any:
         return run(*arguments, pattern)
 
-    mesh = None if which == "xla" else mesh_that_divides(batch=B)
-    if mesh is not None:
+    if mesh is not None and which != "xla":
         batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
         specs = (batch, batch, whole, whole, (batch,) * 3)
         body = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=(batch, batch), check_vma=False)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mimo_jax.kernels.dispatch import Chosen, Implementation, chosen
+from mimo_jax.kernels.dispatch import Chosen, Implementation, chosen, if_cut
 from mimo_jax.kernels.rvq_embed import reference
 from mimo_jax.sharding import BATCH_AXES, mesh_that_divides
 
@@ -69,7 +69,7 @@ def rvq_embed(
     rows = jnp.asarray(codes, jnp.int32) + starts_R.astype(np.int32)
     rows_BNGR = rows.reshape(rows.shape[0], math.prod(rows.shape[1:-2]), *rows.shape[-2:])
     dtype = jnp.dtype(dtype or table_VE.dtype)
-    run = chosen(implementation)
+    run = if_cut(chosen(implementation), mesh_that_divides(batch=rows_BNGR.shape[0], fsdp=width))
     nothing = 0 in (rows.size, width) or min(delays) >= num_steps
     if nothing or np.float64 in (dtype, table_VE.dtype):
         run = "xla"

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from mimo_jax.atomic import atomic_write
 from mimo_jax.chips import Topology
 from mimo_jax.config import ConfigError, LMTrainConfig
+from mimo_jax.kernels.dispatch import default_implementation
 from mimo_jax.planning import hlo
 from mimo_jax.planning.hlo import Collective, collectives
 from mimo_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings, unboxed
@@ -220,12 +221,13 @@ def compile_step(cfg: LMTrainConfig, topology: Topology, compiler: Compiler) -> 
     Raises:
         ConfigError: it cannot be placed, or needs more memory than the devices have (`DoesNotFitError`).
     """
-    if cfg.compute.attention == "auto":  # which asks the devices that are here
+    # `auto` asks the devices that are here, for attention and for kernels.
+    if cfg.compute.attention == "auto":
         cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, attention="splash"))
     mesh = make_mesh(cfg.mesh, tpu_devices(topology))
     loop.check_rows(cfg.data.rows, cfg.run.accumulation, mesh)
     job = assemble(cfg, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), default_implementation("mosaic"):
         state = loop.with_shardings(job.abstract, job.placed)
         base: Any = {}
         if cfg.lora.rank:

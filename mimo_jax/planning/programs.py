@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from mimo_jax.chips import Topology
 from mimo_jax.config import AudioLMConfig, AudioTokenizerConfig, ComputeConfig, ConfigError
 from mimo_jax.generation.generate import Generator, Prompt, Request
+from mimo_jax.kernels.dispatch import default_implementation
 from mimo_jax.models.audio_lm import abstract_params
 from mimo_jax.models.tokenizer import audio_tokenizer
 from mimo_jax.models.tokenizer.codec import Codec
@@ -140,7 +141,8 @@ def plan_generation(
     fixed = {"parameters": _bytes(params), "cache": cache, "batch": _bytes(rows)}
     if compiler is not None and topology.is_tpu:
         here = SingleDeviceSharding(tpu_devices(topology)[0])
-        programs = generator.lowered(_shapes(params, here), _shapes(rows, here), N, platforms=("tpu",))
+        with default_implementation("mosaic"):
+            programs = generator.lowered(_shapes(params, here), _shapes(rows, here), N, platforms=("tpu",))
         answers = _compile(programs, topology, compiler, fixed)
         peak = max(answer.peak_bytes for answer in answers)
     else:
@@ -213,10 +215,11 @@ def plan_tokenizing(
     if compiler is not None and topology.is_tpu:
         here = SingleDeviceSharding(tpu_devices(topology)[0])
         arguments = (_shapes(variables, here), *_shapes(rows, here))
-        try:  # `auto` asks the devices that are here
-            traced = codec(dataclasses.replace(compute, attention="splash")).program(*arguments)
-        except ValueError:  # rows that are no multiple of the kernel's block
-            traced = codec(compute).program(*arguments)
+        with default_implementation("mosaic"):
+            try:  # `auto` asks the devices that are here
+                traced = codec(dataclasses.replace(compute, attention="splash")).program(*arguments)
+            except ValueError:  # rows that are no multiple of the kernel's block
+                traced = codec(compute).program(*arguments)
         answers = _compile([traced.lower(lowering_platforms=("tpu",))], topology, compiler, fixed)
         # The program does not see the decoder, which lies there all the same.
         peak = fixed["parameters"] + answers[0].peak_bytes - (answers[0].argument_bytes - fixed["batch"])
