@@ -64,8 +64,10 @@ def rvq_embed(
         raise ValueError(f"rvq_embed: expected delays of at least 0, got {delays}")
     sizes_R = np.array(sizes)
     starts_R = np.cumsum(sizes_R) - sizes_R
-    # Blanking the rows is one small copy; masking what was looked up makes the backward pass 10 times slower (CPU).
-    table_VE = jnp.asarray(table_VE).at[starts_R + sizes_R - 1].set(0)
+    # Blanking the rows is one small copy; masking what was looked up makes the backward pass 10 times slower (CPU), and
+    # writing the rows into the table costs TPUs two more copies.
+    empty_V = np.isin(np.arange(len(table_VE)), starts_R + sizes_R - 1)
+    table_VE = jnp.where(empty_V[:, None], 0, table_VE)
     rows = jnp.asarray(codes, jnp.int32) + starts_R.astype(np.int32)
     rows_BNGR = rows.reshape(rows.shape[0], math.prod(rows.shape[1:-2]), *rows.shape[-2:])
     dtype = jnp.dtype(dtype or table_VE.dtype)
