@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mimo_jax.kernels.dispatch import Implementation, default_implementation
+
 Entry = Mapping[str, Any]
 
 EQUAL, TIE, INPUT, SKIPPED, FAILED = "equal", "tie", "input", "skipped", "failed"
@@ -143,11 +145,12 @@ def _cases() -> dict[str, Callable[[Case], None]]:
     }
 
 
-def run(folder: str | Path, only: Sequence[str] = ()) -> Iterator[Row]:
+def run(folder: str | Path, only: Sequence[str] = (), kernels: Implementation = "auto") -> Iterator[Row]:
     """Compares the files of a folder in the manifest's order.
 
     Args:
         only: beginnings of file names, such as `tokenizer/tok_a`; all files by default.
+        kernels: implementation of the kernels.
 
     Raises:
         ParityError: the folder cannot be used, or `only` names nothing in it.
@@ -165,7 +168,7 @@ def run(folder: str | Path, only: Sequence[str] = ()) -> Iterator[Row]:
     def one(file: str) -> list[Row]:
         if only and not file.startswith(tuple(only)):
             return [Row(file, SKIPPED, note=f"{len(manifest[file])} arrays, not asked for")]
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), default_implementation(kernels):
             return _run_file(root, file, manifest[file])
 
     # Most of the time goes into compiling, which leaves a core idle if files come one by one.
