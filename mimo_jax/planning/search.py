@@ -55,13 +55,13 @@ class Search:
 
     Attributes:
         ranking: the best of each mesh and remat, by arithmetic.
-        tried: what was compiled, with its peak memory in bytes; None where the compiler refused it.
+        tried: what was compiled, with the plan that came of it; None where the compiler refused it.
         best: the winner.
         plan: its plan; compiled, unless nothing was to be.
     """
 
     ranking: Sequence[Candidate]
-    tried: Sequence[tuple[Candidate, int | None]]
+    tried: Sequence[tuple[Candidate, Plan | None]]
     best: Candidate
     plan: Plan
 
@@ -72,7 +72,10 @@ class Search:
 
         return {
             "ranking": [row(c) for c in self.ranking],
-            "compiled": [c.settings | {"peak_hbm_bytes": peak} for c, peak in self.tried],
+            "compiled": [
+                c.settings | {name: plan and getattr(plan, name) for name in ("peak_hbm_bytes", "step_seconds")}
+                for c, plan in self.tried
+            ],
             "overrides": self.best.overrides,
             "plan": self.plan.to_json(),
         }
@@ -89,8 +92,10 @@ class Search:
             )
         if self.tried:
             lines += ["", "compiled"]
-        for candidate, peak in self.tried:
-            verdict = "does not fit" if peak is None else f"{peak / 2**30:.1f} GiB"
+        for candidate, found in self.tried:
+            verdict = "does not fit"
+            if found is not None:
+                verdict = f"{found.peak_hbm_bytes / 2**30:.1f} GiB, {found.step_seconds:.2f} s, {found.bound}"
             lines.append(f"  {' '.join(f'{name}={value}' for name, value in candidate.settings.items())}: {verdict}")
         return "\n".join([*lines, "", "best", "  " + " ".join(self.best.overrides), "", str(self.plan)])
 
@@ -98,7 +103,11 @@ class Search:
 def search(
     cfg: LMTrainConfig, topology: Topology, compiler: Compiler | None, headroom: float = 0.1, compiles: int = 3
 ) -> Search:
-    """Ranks the ways to place a job, its batch unchanged, and compiles the best until one fits.
+    """Ranks the ways to place a job, its batch unchanged, and compiles the best ones.
+
+    It goes on while a way that was not compiled yet promises to be faster than the fastest that was. What compiling
+    shows of one, that it needs more memory or, for its collectives, more time than arithmetic says, is then expected of
+    the others (time: of those of the same `tensor`).
 
     Args:
         cfg: the job; its mesh, accumulation, remat and patch chunk do not matter.
@@ -127,26 +136,42 @@ def search(
     ranking = list(best_of.values())[:_SHOWN]
     if compiler is None or not topology.is_tpu or not compiles:
         return Search(ranking, [], ranked[0], ranked[0].plan)
-    tried: list[tuple[Candidate, int | None]] = []
-    factor = 1.0  # by which the compiler was found to need more than arithmetic says
+    tried: list[tuple[Candidate, Plan | None]] = []
+    best: tuple[Candidate, Plan] | None = None
+    factor = 1.0  # by which the compiler was found to need more memory than arithmetic says
+    slower: dict[int, float] = {}  # and more time, with `tensor` devices
+
+    def expected(candidate: Candidate) -> float:
+        return candidate.plan.step_seconds * slower.get(candidate.plan.mesh["tensor"], 1.0)
+
     while len(tried) < compiles:
-        candidate = next((c for c in ranked if factor * c.plan.peak_hbm_bytes <= room), None)
-        if candidate is None:
+        promising = [
+            c
+            for c in ranked
+            if factor * c.plan.peak_hbm_bytes <= room
+            and (best is None or expected(c) < (1 - _ALIKE) * best[1].step_seconds)
+        ]
+        if not promising:
             break
+        candidate = min(promising, key=lambda c: round(math.log(expected(c)) / _ALIKE))  # of like ones the first
+        ranked = [c for c in ranked if c is not candidate]
         try:
             plan = plan_training(candidate.config, topology, compiler)
         except DoesNotFitError:
             tried.append((candidate, None))
             factor = max(factor, _REFUSED * topology.chip.hbm_bytes / candidate.plan.peak_hbm_bytes)
             continue
-        tried.append((candidate, plan.peak_hbm_bytes))
-        if plan.peak_hbm_bytes <= room:
-            return Search(ranking, tried, candidate, plan)
+        tried.append((candidate, plan))
         factor = max(factor, plan.peak_hbm_bytes / candidate.plan.peak_hbm_bytes)
-        ranked = [c for c in ranked if c is not candidate]
+        tensor = plan.mesh["tensor"]
+        slower[tensor] = max(slower.get(tensor, 1.0), plan.step_seconds / candidate.plan.step_seconds)
+        if plan.peak_hbm_bytes <= room and (best is None or plan.step_seconds < best[1].step_seconds):
+            best = candidate, plan
+    if best is not None:
+        return Search(ranking, tried, *best)
     told = "; ".join(
-        f"{' '.join(c.overrides)} needs {'too much' if peak is None else f'{peak / 2**30:.1f} GiB'}"
-        for c, peak in tried
+        f"{' '.join(c.overrides)} needs {'too much' if plan is None else f'{plan.peak_hbm_bytes / 2**30:.1f} GiB'}"
+        for c, plan in tried
     )
     raise ConfigError(f"--topology={topology.name}: the compiler found no room: {told}")
 

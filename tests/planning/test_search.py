@@ -51,8 +51,8 @@ def test_of_like_steps_full_lanes_come_first(job):
     assert 4096 / first.plan.mesh["fsdp"] >= 128
 
 
-def answers(monkeypatch, *factors):
-    """A compiler whose peaks are those of arithmetic times a factor; None refuses."""
+def answers(monkeypatch, *factors, slower=()):
+    """A compiler whose peaks are those of arithmetic times a factor; None refuses. `slower` are factors of the time."""
     given = iter(factors)
     asked = []
 
@@ -61,10 +61,15 @@ def answers(monkeypatch, *factors):
         if compiler is None:
             return plan
         asked.append(plan.peak_hbm_bytes)
-        factor = next(given)
+        factor, slow = next(given), slower[len(asked) - 1] if slower else 1.0
         if factor is None:
             raise DoesNotFitError("no")
-        return dataclasses.replace(plan, peak_hbm_bytes=int(factor * plan.peak_hbm_bytes), compile_seconds=1.0)
+        return dataclasses.replace(
+            plan,
+            peak_hbm_bytes=int(factor * plan.peak_hbm_bytes),
+            step_seconds=slow * plan.step_seconds,
+            compile_seconds=1.0,
+        )
 
     monkeypatch.setattr(module, "plan_training", compiled)
     return asked
@@ -73,9 +78,18 @@ def answers(monkeypatch, *factors):
 def test_what_the_compiler_refuses_is_followed_by_something_smaller(job, monkeypatch):
     asked = answers(monkeypatch, None, 1.6, 1.0)
     found = search(job, V5E, Compiler())
-    assert [peak is None for _, peak in found.tried] == [True, False, False]
+    assert [plan is None for _, plan in found.tried] == [True, False, False]
     assert asked[0] > asked[1] > asked[2] and found.plan.compile_seconds == 1.0
     assert found.best is found.tried[-1][0]
+
+
+def test_what_turns_out_slow_is_followed_by_something_faster(job, monkeypatch):
+    answers(monkeypatch, 1.0, 1.0, 1.0, slower=(2.0, 1.0, 1.0))
+    found = search(job, V5E, Compiler())
+    (first, slow), (second, plan), *_ = found.tried
+    assert found.best is second and found.plan is plan and plan.step_seconds < slow.step_seconds
+    assert first.plan.mesh["tensor"] != second.plan.mesh["tensor"]  # the others of its kind are expected to be as slow
+    assert len(found.tried) == 2
 
 
 def test_a_search_ends_after_as_many_compiles_as_allowed(job, monkeypatch):
