@@ -26,8 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from mimo_jax.chips import chip_of
+from mimo_jax.generation.sampling import PATCHES, sampling_params
+from mimo_jax.kernels.delay_sample import delay_sample
 from mimo_jax.kernels.dispatch import Implementation, chosen
+from mimo_jax.kernels.rvq_decode import rvq_decode
 from mimo_jax.kernels.rvq_embed import rvq_embed
+from mimo_jax.kernels.rvq_encode import rvq_encode
 
 _GROUPS = 5
 _GROUP_SECONDS = 0.1
@@ -81,7 +85,97 @@ def rvq_embed_cases(tiny: bool) -> Iterator[Case]:
             yield Case(f"rvq_embed: {what}, {way}", make, of, least, blocks=blocks)
 
 
-CASES = {"rvq_embed": rvq_embed_cases}
+def tokenizer_codebooks(tiny: bool) -> tuple[jax.Array, ...]:
+    """Entries of the 20 levels, ever smaller, as residuals are."""
+    sizes, width = (1024, 1024, *(128,) * 18), 256 if tiny else 1280
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    return tuple(
+        jax.random.normal(key, (size, width)) * 0.8**level
+        for level, (key, size) in enumerate(zip(keys, sizes, strict=True))
+    )
+
+
+def rvq_encode_cases(tiny: bool) -> Iterator[Case]:
+    """The search of all 20 levels for the vectors of half a minute, and of four: codes alone, and with the sums."""
+    from mimo_jax.kernels.rvq_encode import gpu, tpu
+
+    blocks = {
+        "mosaic": (tpu, {"TILE": (128, 256, 512), "CHUNK": (256, 512)}),
+        "triton": (gpu, {"_TILE": (32, 64, 128), "_ENTRIES": (64, 128), "_WIDTH": (32, 64)}),
+    }
+    for vectors in (750,) if tiny else (750, 6144):
+
+        def arguments(vectors: int = vectors) -> tuple[jax.Array, ...]:
+            books = tokenizer_codebooks(tiny)
+            return jax.random.normal(jax.random.key(1), (vectors, books[0].shape[1])), *books
+
+        x, *books = jax.eval_shape(arguments)
+        flops = 2.0 * x.size * sum(len(book) for book in books)
+        read = 4 * (x.size + sum(book.size for book in books) + vectors * len(books))
+        for what, sums in (("codes", False), ("codes and sums", True)):
+
+            def function(implementation: Implementation, sums: bool = sums) -> Callable[..., Any]:
+                return lambda x_ND, *levels: rvq_encode(x_ND, levels, implementation=implementation, sums=sums)
+
+            name, least = f"rvq_encode: {vectors} vectors, {what}", read + 4 * sums * (x.size + vectors * len(books))
+            yield Case(name, arguments, function, least, flops, blocks=blocks)
+
+
+def rvq_decode_cases(tiny: bool) -> Iterator[Case]:
+    """The sum of the entries of all 20 levels."""
+    for vectors in (750,) if tiny else (750, 6144):
+
+        def arguments(vectors: int = vectors) -> tuple[jax.Array, ...]:
+            books = tokenizer_codebooks(tiny)
+            sizes = jnp.array([len(book) for book in books])
+            return jax.random.randint(jax.random.key(1), (vectors, len(books)), 0, sizes), *books
+
+        def function(implementation: Implementation) -> Callable[..., Any]:
+            return lambda codes_NR, *levels: rvq_decode(codes_NR, levels, implementation)
+
+        codes, *books = jax.eval_shape(arguments)
+        least = 4 * (codes.size + sum(book.size for book in books) + vectors * books[0].shape[1])
+        yield Case(f"rvq_decode: {vectors} vectors", arguments, function, least)
+
+
+def delay_sample_cases(tiny: bool) -> Iterator[Case]:
+    """The steps of a patch, one after the other, with the published settings."""
+    sizes, delays, group_size, width = (1025, 1025, *(129,) * 6), tuple(range(8)), 4, 256 if tiny else 1024
+    steps = group_size + max(delays)
+
+    for requests in (1, 8) if tiny else (1, 8, 64):
+
+        def arguments(requests: int = requests) -> tuple[jax.Array, ...]:
+            keys = jax.random.split(jax.random.key(0), 3)
+            logits_BV = 3 * jax.random.normal(keys[0], (requests, sum(sizes)))
+            table_VE = jax.random.normal(keys[1], (sum(sizes), width), jnp.float32 if tiny else jnp.bfloat16)
+            return logits_BV, table_VE, jax.random.bits(keys[2], (steps, requests, len(sizes)))
+
+        def function(implementation: Implementation) -> Callable[..., Any]:
+            def patch(logits_BV: jax.Array, table_VE: jax.Array, bits_TBR: jax.Array) -> jax.Array:
+                params = sampling_params([PATCHES] * len(logits_BV))
+                pattern = dict(sizes=sizes, delays=delays, group_size=group_size, implementation=implementation)
+
+                def step(x_B1: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                    t, bits_BR = inputs
+                    codes_BR, x_BE = delay_sample(logits_BV + x_B1, bits_BR, t, table_VE, params, **pattern)
+                    return x_BE[:, :1], codes_BR
+
+                start = jnp.zeros((len(logits_BV), 1))
+                return jax.lax.scan(step, start, (jnp.arange(steps), bits_TBR))[1]
+
+            return patch
+
+        least = steps * requests * 4 * (sum(sizes) + len(sizes) * 2 + width)
+        yield Case(f"delay_sample: {requests} requests, {steps} steps", arguments, function, least)
+
+
+CASES = {
+    "rvq_encode": rvq_encode_cases,
+    "rvq_decode": rvq_decode_cases,
+    "rvq_embed": rvq_embed_cases,
+    "delay_sample": delay_sample_cases,
+}
 
 
 def seconds(programs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
