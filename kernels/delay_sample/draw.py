@@ -166,14 +166,14 @@ def draw(
         allowed_NL: bool, ids that may come out, at least one; by default all but the last, which is "empty".
 
     Returns:
-        int32 [N, 1], an allowed id whatever the logits are, if the default is.
+        int32 [N, 1], an allowed id whatever the logits are.
     """
     ids_NL = jax.lax.broadcasted_iota(jnp.int32, logits_NL.shape, 1)
     if allowed_NL is None:
         allowed_NL = ids_NL < size - 1
     open_NL = jnp.where(allowed_NL, logits_NL.astype(jnp.float32), -jnp.inf)
-    is_best_NL = open_NL == jnp.max(open_NL, axis=1, keepdims=True)
-    best_N1 = jnp.min(jnp.where(is_best_NL, ids_NL, size - 2), axis=1, keepdims=True)  # size - 2: all are NaN
+    is_less_NL = open_NL < jnp.max(open_NL, axis=1, keepdims=True)  # false if it is NaN
+    best_N1 = jnp.min(jnp.where(allowed_NL, jnp.where(is_less_NL, size - 1, ids_NL), size - 1), axis=1, keepdims=True)
 
     def drawn() -> jax.Array:
         scores_NL, kept_NL = keep(logits_NL, size, temperature_N1, top_k_N1, top_p_N1, rules)

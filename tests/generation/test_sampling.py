@@ -49,6 +49,22 @@ def test_removing_the_whole_nucleus_takes_the_best_remaining_id():
     assert sample(jax.random.split(jax.random.key(0), 1), logits, config, _removed(4, [0])).tolist() == [2]
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 128])
+def test_any_id_may_be_the_best(size):
+    best = jnp.arange(size)
+    keys, greedy = jax.random.split(jax.random.key(0), size), sampling_params([GREEDY] * size)
+    np.testing.assert_array_equal(sample(keys, jax.nn.one_hot(best, size), greedy), best)
+
+
+@pytest.mark.parametrize("config", [GREEDY, SamplingConfig(0.8, top_k=2, top_p=0.9)], ids=["greedy", "drawn"])
+def test_removed_ids_do_not_come_out_of_logits_that_are_no_numbers(config):
+    logits = jnp.asarray([[jnp.nan] * 4, [jnp.inf] * 4, [-jnp.inf] * 4, [jnp.nan, 1.0, 2.0, 3.0]])
+    keys, settings = jax.random.split(jax.random.key(0), 4), sampling_params([config] * 4)
+    for one in range(4):
+        ids = sample(keys, logits, settings, ~_removed(4, [one]))
+        assert ids.tolist() == [one] * 4
+
+
 @pytest.mark.parametrize(
     "values",
     [dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=1.5), dict(top_p=-0.1)],
