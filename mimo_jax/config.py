@@ -380,7 +380,7 @@ class ComputeConfig(Checked):
         scan_layers: one compiled layer for a whole stack (stacked weights); False unrolls (faster decoding on CPU).
         attention: implementation; `auto` picks splash on TPU, elsewhere dense for short rows and chunked for long ones.
             `triton` is for GPUs.
-        kernels: implementation of the RVQ lookups and of delay-pattern sampling (`mimo_jax.kernels.dispatch`).
+        kernels: implementation of RVQ search, RVQ lookups and delay-pattern sampling (`mimo_jax.kernels.dispatch`).
         patch_chunk: patches per device that go through patch encoder and patch decoder at once; 0 takes all. Fewer need
             less memory, and gather the parameters of both once per chunk.
         logits_chunk: text logits (positions x ids) that exist at once on a device.

@@ -158,7 +158,8 @@ class Generator:
     """A language model ready to generate: parameters on the device, and the programs compiled so far.
 
     Lengths are rounded up to few sizes, so that requests of similar size share a compiled program. On a CPU the scanned
-    layers are split, because streaming stacked weights through a scan is several times slower there.
+    layers are split, because streaming stacked weights through a scan is several times slower there, and projections of
+    the same input are joined.
     """
 
     def __init__(
@@ -248,11 +249,16 @@ class Generator:
 
     def prepared(self, params: Any) -> Any:
         """Parameters of `AudioLM` as the programs read them: those of the patch decoder under `patch_loop`."""
-        loop = patch_loop_params(params, self.config)
+        stored = functools.partial(jax.tree_util.tree_map_with_path, self._stored)
+        loop = stored(patch_loop_params(params, self.config))
         if self._splits:
             params = unroll_params(params, self.config)
-        tree = {group: _joined(params[group]) for group in ("llm", "patch_encoder")} | {"patch_loop": loop}
-        return jax.tree_util.tree_map_with_path(self._stored, tree)
+        groups = {group: stored(params[group]) for group in ("llm", "patch_encoder")}
+        # Elsewhere the caller's weights and these shall be the same arrays: on an accelerator there may be no room for
+        # two LLMs.
+        if self._on_cpu:
+            groups = {name: _joined(group) for name, group in groups.items()}
+        return groups | {"patch_loop": loop}
 
     def _stored(self, path: Any, x: Array) -> Array:
         """A parameter in the dtype that it is used in. Norms compute in float32, so their scales stay as they are."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.config import AudioLMConfig, ComputeConfig, ConfigError, TransformerConfig
+from mimo_jax.generation import generate
 from mimo_jax.generation.generate import Generator, Prompt, Request
 from mimo_jax.generation.sampling import GREEDY, SamplingConfig
 from mimo_jax.models.audio_lm import AudioLM, init_params
@@ -171,6 +172,18 @@ def test_limits_and_stop_ids_are_those_of_each_request(config, generator):
     assert results[2].text.tolist() == [EMPTY] * 4 and results[2].stop_id is None
     assert results[2].patches.shape == (4, 2, 3)
     assert timing.positions == sum(len(r.text) for r in results) and timing.patches >= 4
+
+
+def test_weights_are_cast_before_they_are_joined(config, params, monkeypatch):
+    join, dtypes = generate.join_projections, []
+
+    def joined(layer):
+        dtypes.extend(linear["kernel"].dtype for part in ("attn", "mlp") for linear in layer[part].values())
+        return join(layer)
+
+    monkeypatch.setattr(generate, "join_projections", joined)
+    jax.eval_shape(Generator(config, {}, ComputeConfig(dtype="bfloat16")).prepared, params)
+    assert set(dtypes) == {jnp.dtype("bfloat16")}
 
 
 def test_padding_ids_and_empty_codes_are_never_drawn(config, params):
