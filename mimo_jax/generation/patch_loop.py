@@ -2,7 +2,7 @@
 
 A step of B requests is latency and memory traffic, hardly arithmetic. So the layers are split rather than stacked; q, k
 and v, gate and up, and the heads of all channels are one matrix each; the audio tables are projected to the decoder's
-width beforehand; and the attention over the few steps of a patch is sums that compilers fuse.
+width beforehand; and what lies between two steps, draws and embeddings, is one kernel.
 
 Axes: B requests, T steps of a patch, G frames, R channels, V rows of all audio tables, P width, N query heads, K key
 heads, M query heads of a key head, H head dimension.
