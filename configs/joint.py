@@ -11,7 +11,7 @@ weights 100-12-8-6-4-2-2-1-1. The smaller sizes are trained from scratch here an
 
 Plans (`mimo-jax plan`, docs/planning.md), memory of a device and time of a step; nothing was run there:
 
-    7b v5p:8x8x4: 11.9 GiB compiled, 17.8 s
+    7b v5p:8x8x4: 12.0 GiB compiled, 17.8 s
     7b v5e:16x16: 11.8 GiB compiled, 45.0 s
     7b v6e:16x16: 12.2 GiB compiled, 12.9 s
     7b v5e:16x16 slices=2 run.accumulation=4: 11.8 GiB compiled, 22.5 s
