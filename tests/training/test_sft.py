@@ -122,7 +122,8 @@ def test_eight_devices_fine_tune_as_one_does(start, lora, tmp_path, capsys):
     for devices, mesh in ((1, MeshConfig(1, 1, 1)), (8, MeshConfig(1, 4, 2))):
         (tmp_path / "config.json").write_text(to_json(dataclasses.replace(job, mesh=mesh)))
         command = [sys.executable, str(JOBS), str(tmp_path / "config.json"), str(tmp_path / str(devices))]
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        # XLA has as many threads as devices, and one that waits in a collective keeps its own: NPROC adds some.
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "32"}
         subprocess.run(command, env=ENVIRONMENT | flags, check=True, capture_output=True, timeout=900)
         lines = metrics.read(tmp_path / str(devices) / "metrics.jsonl")
         losses[devices] = np.array([line["loss"] for line in lines if line["split"] == "train"])
