@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.config import RVQConfig
+from mimo_jax.kernels.rvq_encode.reference import squared_distances
 from mimo_jax.models.tokenizer import rvq
 from mimo_jax.parity.harness import Case
 
@@ -30,7 +31,7 @@ def _margins(codebook: rvq.Codebook, residual_ND: jax.Array, codes_NR: jax.Array
     gaps = []
     for r in range(codes_NR.shape[1]):
         entries_KD = rvq.entries(codebook[rvq.level_name(r)])
-        best = jax.lax.top_k(-rvq.squared_distances(residual_ND, entries_KD), 2)[0]
+        best = jax.lax.top_k(-squared_distances(residual_ND, entries_KD), 2)[0]
         gaps.append(best[:, 0] - best[:, 1])
         residual_ND = residual_ND - entries_KD[codes_NR[:, r]]
     return jnp.stack(gaps, axis=1)

@@ -21,6 +21,7 @@ from models.tokenizer.tiny import (
 from mimo_jax.audio.features import mel_filterbank
 from mimo_jax.audio.packing import num_codes, pack_clips, slot_codes
 from mimo_jax.config import TokenizerLossConfig
+from mimo_jax.kernels.rvq_encode.reference import squared_distances
 from mimo_jax.models.tokenizer import rvq
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
 from mimo_jax.models.tokenizer.text_decoder import TextDecoder
@@ -120,7 +121,7 @@ def _margins(codebook, x, config):
     margins, residual = [], jnp.asarray(x)
     for i in range(config.rvq.num_levels):
         entries = rvq.entries(codebook[rvq.level_name(i)])
-        distances = jnp.sort(rvq.squared_distances(residual, entries), axis=1)
+        distances = jnp.sort(squared_distances(residual, entries), axis=1)
         margins.append(distances[:, 1] - distances[:, 0])
         residual = residual - entries[rvq.nearest(residual, entries)]
     return np.stack(margins, axis=1)

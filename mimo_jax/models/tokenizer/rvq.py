@@ -22,7 +22,6 @@ from mimo_jax.kernels.dispatch import Implementation
 from mimo_jax.kernels.rvq_decode import rvq_decode
 from mimo_jax.kernels.rvq_encode import rvq_encode
 from mimo_jax.kernels.rvq_encode.reference import at_least_float32, nearest
-from mimo_jax.kernels.rvq_encode.reference import squared_distances as squared_distances
 
 Level = dict[str, jax.Array]  # entries [K, D], code_sum [K, D], count [K]
 Codebook = dict[str, Level]
