@@ -131,6 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_text_tokenizer(subparsers)
     _add_generate(subparsers)
     _add_codec(subparsers)
+    _add_eval(subparsers)
     _add_convert(subparsers)
     _add_parity(subparsers)
     _add_quickstart(subparsers)
@@ -556,6 +557,50 @@ def _add_codec(subparsers: Any) -> None:
         "how far off is measured on the first 60 s of each file, which are decoded twice more for it, and said",
     )
     add("--chunk-seconds", type=float, default=1.0, metavar="S", help="with --stream: audio of a step (default 1)")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`1-20`, `1,2,8` or both, as in `1-4,8`."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if (
+            not (first.isdecimal() and (last.isdecimal() or not dash))
+            or not 1 <= int(first) <= int(last or first) < 1000
+        ):
+            raise argparse.ArgumentTypeError(f"expected numbers as 1,2,8 or 1-20, got {text!r}")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)
+
+
+def _add_eval(subparsers: Any) -> None:
+    group = _group(subparsers, "eval", "Measure what was trained.")
+    parser = _verb(
+        group,
+        "reconstruction",
+        verbs.run_eval_reconstruction,
+        "Measure how well an audio tokenizer reproduces recordings, by number of RVQ levels, beside baselines.",
+        "example:\n"
+        "  mimo-jax eval reconstruction --audio-tokenizer runs/tokenizer --manifest data/validation.jsonl \\\n"
+        "      --out runs/eval/tokenizer --compare runs/eval/before\n\n"
+        "PESQ, STOI and Opus need the extra `eval`, DNSMOS the extra `dnsmos`, speaker similarity the weights in a\n"
+        "package: pip install --no-deps resemblyzer==0.1.4. A killed evaluation goes on where it was. --out gets\n"
+        "reconstruction.json, .md, .png and files.jsonl; docs/evaluation.md says what is measured how.\n",
+    )
+    add = parser.add_argument
+    add("--audio-tokenizer", required=True, metavar="DIR", help="a tokenizer run or a converted one")
+    add("--step", type=int, help="checkpoint of the tokenizer (default: the newest)")
+    add("--manifest", required=True, metavar="FILE", help="JSONL manifest of recordings, as `data ingest` reads it")
+    add("--out", required=True, metavar="DIR", help="folder of the results; made if missing")
+    add("--levels", type=_numbers, metavar="N,...", help="decode from the first N levels; 1-20 is all (1,2,4,8,20)")
+    add("--baselines", default="opus,griffin-lim", metavar="NAME,...", help="or `none` (default %(default)s)")
+    metrics = "mel, stft, si-sdr, pesq, stoi, speaker, dnsmos, or `all` (default: all but dnsmos)"
+    add("--metrics", metavar="NAME,...", help=metrics)
+    speaker = "speaker embedding: resemblyzer, or MODULE:FUNCTION from (wave [S], rate) to [D] (default %(default)s)"
+    add("--speaker-model", default="resemblyzer", metavar="NAME", help=speaker)
+    add("--limit", type=_count, metavar="N", help="only N recordings, spread over the manifest")
+    add("--workers", type=_count, metavar="N", help="processes that measure; 0: in this one (default: half the cores)")
+    add("--compare", metavar="DIR", help="--out of another evaluation of these recordings: print paired differences")
 
 
 def _bytes(text: str) -> int:

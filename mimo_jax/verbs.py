@@ -419,6 +419,37 @@ def run_codec_decode(options: argparse.Namespace) -> None:
     print(*decode_files(options.files, load, options.out, chunk_seconds), sep="\n")
 
 
+def run_eval_reconstruction(options: argparse.Namespace) -> None:
+    from mimo_jax.evals import reconstruction_results as results
+    from mimo_jax.evals.quality import DEFAULT_METRICS, METRICS
+    from mimo_jax.evals.reconstruction_run import Evaluation, evaluate_reconstruction
+    from mimo_jax.loading import load_codec
+    from mimo_jax.training.checkpoint import open_step, read_meta
+
+    if options.limit == 0:
+        raise ConfigError("--limit: expected at least 1, got 0")
+    other = results.load_result(options.compare) if options.compare else None  # faults are found before the work
+    metrics = options.metrics.split(",") if options.metrics else DEFAULT_METRICS
+    evaluation = Evaluation(
+        levels=options.levels,
+        baselines=() if options.baselines == "none" else tuple(options.baselines.split(",")),
+        metrics=tuple(METRICS) if options.metrics == "all" else tuple(dict.fromkeys(metrics)),
+        speaker_model=options.speaker_model,
+        limit=options.limit,
+    )
+    workers = max(1, (os.cpu_count() or 1) // 2) if options.workers is None else options.workers
+    step = open_step(options.audio_tokenizer, options.step)
+    codec = load_codec(step)
+    tokenizer = {"path": options.audio_tokenizer, "step": read_meta(step)["step"]}
+    content = evaluate_reconstruction(
+        codec, options.manifest, options.out, evaluation, workers=workers, tokenizer=tokenizer
+    )
+    print(results.markdown(content))
+    if other is not None:
+        print(results.write_comparison(options.out, results.compare(content, other)))
+    print(Path(options.out) / results.RESULT)
+
+
 def run_convert(options: argparse.Namespace) -> None:
     from mimo_jax import convert
 
