@@ -27,7 +27,14 @@ setup: .venv/package.stamp ## build .venv from requirements.lock (PYTHON=... nam
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@touch $@
 
-.venv/package.stamp: .venv/lock.stamp pyproject.toml setup.py
+# pesq has no wheels: it is built with what the lock has installed, so that nothing else is fetched for it. Of resemblyzer
+# and speechmos only files of weights are used; what they declare (torch among it) is left out.
+.venv/eval.stamp: .venv/lock.stamp requirements-eval.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-build-isolation \
+	  -r requirements-eval.lock
+	@touch $@
+
+.venv/package.stamp: .venv/eval.stamp pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -54,6 +61,7 @@ format: setup ## format and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# requirements-eval.lock is kept by hand: the weights in those wheels are known by their hashes in the code too.
 lock: ## write requirements.lock and requirements-tpu.lock anew (ARGS=--upgrade takes the newest versions)
 	@python=$$(.ci/find-python) && "$$python" -m venv .cache/lock
 	.cache/lock/bin/pip install --quiet --disable-pip-version-check pip-tools

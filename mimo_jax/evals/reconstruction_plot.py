@@ -23,10 +23,10 @@ def plot(content: Mapping[str, Any]) -> bytes:
     shown = [m for m in COLUMNS if any(m in s["metrics"] for s in systems.values()) and not m.startswith("stft_")]
     height = -(-len(shown) // _WIDTH)
     canvas = Canvas(figsize=(4.2 * _WIDTH, 3.1 * height), dpi=110, layout="constrained")
-    panels = canvas.subplots(height, _WIDTH, squeeze=False).flat
+    panels = list(canvas.subplots(height, _WIDTH, squeeze=False).flat)
     for axes, metric in zip(panels, shown, strict=False):
         _panel(axes, metric, systems)
-    for axes in list(panels)[len(shown) :]:
+    for axes in panels[len(shown) :]:
         axes.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside upper center", frameon=False, fontsize=9, ncols=len(labels))
