@@ -420,6 +420,8 @@ def run_codec_decode(options: argparse.Namespace) -> None:
 
 
 def run_eval_reconstruction(options: argparse.Namespace) -> None:
+    import jax
+
     from mimo_jax.evals import reconstruction_results as results
     from mimo_jax.evals.quality import DEFAULT_METRICS, METRICS
     from mimo_jax.evals.reconstruction_run import Evaluation, evaluate_reconstruction
@@ -438,6 +440,8 @@ def run_eval_reconstruction(options: argparse.Namespace) -> None:
         limit=options.limit,
     )
     workers = max(1, (os.cpu_count() or 1) // 2) if options.workers is None else options.workers
+    if jax.config.jax_compilation_cache_dir is None:  # a program for each length of clip: an evaluation may go on
+        jax.config.update("jax_compilation_cache_dir", str(Path(options.out).absolute() / "compiled"))
     step = open_step(options.audio_tokenizer, options.step)
     codec = load_codec(step)
     tokenizer = {"path": options.audio_tokenizer, "step": read_meta(step)["step"]}

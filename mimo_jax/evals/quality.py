@@ -119,7 +119,10 @@ class Source:
             try:
                 if not (np.isfinite(self.wav_S).all() and np.isfinite(decoded_S).all()):
                     raise Unmeasurable("a sample is not finite")
-                values |= _MEASURES[metric](self, decoded_S)
+                found = _MEASURES[metric](self, decoded_S)
+                if not np.isfinite(list(found.values())).all():
+                    raise Unmeasurable("the value is not finite")
+                values |= found
             except Unmeasurable as reason:
                 left_out |= dict.fromkeys(METRICS[metric], str(reason))
         return values, left_out

@@ -113,7 +113,7 @@ def markdown(content: Mapping[str, Any]) -> str:
             if name.startswith("levels-")
         ]
         lines += [*_rows(rows), ""]
-    decode = ", ".join(f"{n} levels {x:.4f}" for n, x in speed["decode_real_time_factor"].items())
+    decode = ", ".join(f"{label(f'levels-{n}')} {x:.4f}" for n, x in speed["decode_real_time_factor"].items())
     lines += [
         f"Seconds of computing for a second of audio on {machine['device']} ({machine['backend']}, {machine['cores']} "
         f"cores, {machine['workers']} of them measuring meanwhile), one clip at a time: encode "

@@ -278,12 +278,14 @@ class _Journal:
         self._path = path
         self.done: dict[int, dict[str, Any]] = {}
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # behind the last end is a torn line
-        header = _parsed(lines[0]) if lines else None
-        if header is None:
+        if not lines:
             atomic_write(path, json.dumps({"settings": settings}).encode() + b"\n")
         else:
+            header = (_parsed(lines[0]) or {}).get("settings")
+            if not isinstance(header, dict):
+                raise ConfigError(f"{path}: expected the files of an evaluation; choose another --out, or remove it")
             for name, wanted in settings.items():
-                if (found := header.get("settings", {}).get(name)) != wanted:
+                if (found := header.get(name)) != wanted:
                     held = f"{path}: holds an evaluation with {name} {found}, not {wanted}"
                     raise ConfigError(f"{held}; choose another --out, or remove it")
             kept = [(line, value) for line in lines[1:] if (value := _parsed(line)) is not None]

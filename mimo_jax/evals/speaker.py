@@ -118,7 +118,7 @@ def _weights() -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], np.ndar
     if spec is None or spec.origin is None:
         raise ConfigError(
             "speaker similarity needs the weights in the package resemblyzer: "
-            "pip install --no-deps resemblyzer==0.1.4 (without --no-deps it brings torch)"
+            "pip install --no-deps resemblyzer==0.1.4 (else it brings torch), or leave speaker out of --metrics"
         )
     path = Path(spec.origin).with_name("pretrained.pt")
     content = path.read_bytes()

@@ -110,6 +110,9 @@ def test_other_settings_are_refused_by_name_and_nothing_is_lost(codec, manifest,
     with pytest.raises(ConfigError, match="with tokenizer"):
         evaluate_reconstruction(tokenizer(1), manifest, tmp_path / "out", PLAIN, workers=0)
     assert (tmp_path / "out" / FILES).read_bytes() == before
+    (tmp_path / "out" / FILES).write_text("my notes\n")
+    with pytest.raises(ConfigError, match="expected the files of an evaluation"):
+        evaluate_reconstruction(codec, manifest, tmp_path / "out", PLAIN, workers=0)
 
 
 def test_another_decoder_has_the_same_codes_but_another_fingerprint_here(codec):
@@ -193,6 +196,7 @@ def test_the_verb(codec, manifest, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mimo_jax.loading.load_codec", lambda path, step=None: codec)
     monkeypatch.setattr("mimo_jax.training.checkpoint.open_step", lambda path, step: tmp_path)
     monkeypatch.setattr("mimo_jax.training.checkpoint.read_meta", lambda path: {"step": 12})
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # no cache for the tests that come after
     common = ["eval", "reconstruction", "--audio-tokenizer", "runs/x", "--manifest", str(manifest)]
     plain = ["--baselines", "none", "--metrics", "mel,si-sdr", "--workers", "0"]
     first = str(tmp_path / "first")
