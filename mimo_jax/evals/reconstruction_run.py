@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ def _measured(work: Iterator[_Work], evaluation: Evaluation, mel: MelConfig, wor
     for library in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(library, "1")
     context = multiprocessing.get_context("spawn")  # a process with JAX in it cannot be forked
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=end_with_parent)
     pending: set[concurrent.futures.Future[dict[str, Any]]] = set()
     try:
         for item in work:
@@ -238,6 +239,18 @@ def _measured(work: Iterator[_Work], evaluation: Evaluation, mel: MelConfig, wor
             yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """Lets this worker end when the process that started it is gone: after a `kill -9` nothing else would end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def measure(work: _Work, evaluation: Evaluation, mel: MelConfig) -> dict[str, Any]:

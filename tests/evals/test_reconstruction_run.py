@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -149,6 +152,22 @@ def test_workers_measure_what_this_process_measures(codec, manifest, tmp_path):
     there = evaluate_reconstruction(codec, manifest, tmp_path / "there", every, workers=1)
     assert untimed(there["files"]) == untimed(here["files"])
     assert "griffin-lim" in here["systems"] and there["machine"]["workers"] == 1
+
+
+def test_no_worker_outlives_a_process_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import concurrent.futures, multiprocessing, os, signal\n"
+        "from mimo_jax.evals.reconstruction_run import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = concurrent.futures.ProcessPoolExecutor(1, context, initializer=end_with_parent)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # Reading ends when nobody is left who could write: a worker that stayed would be waited for.
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, timeout=60, check=False)
+    assert int(done.stdout) and done.returncode == -signal.SIGKILL
 
 
 def test_impossible_levels_are_refused(codec, manifest, tmp_path):
