@@ -28,9 +28,6 @@ from mimo_jax.xla_flags import set_flags
 
 def run_train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    if isinstance(config, AdversarialTrainConfig):
-        stage = "the adversarial stage of the audio tokenizer, which this version does not train"
-        raise ConfigError(f"--config={options.config}: this describes {stage}")
     if not options.no_xla_flags:
         set_flags(os.environ, tensor=config.mesh.tensor != 1)
     import jax
@@ -54,6 +51,10 @@ def run_train(options: argparse.Namespace) -> None:
                 from mimo_jax.training.language_model import train_language_model
 
                 train_language_model(config, options.workdir)
+            elif isinstance(config, AdversarialTrainConfig):
+                from mimo_jax.training.tokenizer_adversarial import train_adversarial
+
+                train_adversarial(config, options.workdir)
             else:
                 from mimo_jax.training.tokenizer import train_tokenizer
 
@@ -215,6 +216,11 @@ def derived_figures(config: TrainingConfig) -> dict[str, int | float]:
     figures: dict[str, int | float] = {"parameters": tokenizer.num_params()}
     if isinstance(config, TokenizerTrainConfig):
         figures["parameters, A2T text decoder"] = config.a2t.num_params(tokenizer.encoder.d_model)
+    else:
+        figures["parameters, discriminators"] = config.discriminator.num_params()
+        figures["FLOPs of the discriminators per second of audio, forward"] = (
+            config.discriminator.flops_per_sample() * tokenizer.mel.sample_rate
+        )
     channels = 8  # of the RVQ levels, the language model reads these
     return {
         **figures,

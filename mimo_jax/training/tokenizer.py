@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mimo_jax.config import ConfigError, TokenizerTrainConfig
+from mimo_jax.config import AdversarialTrainConfig, ConfigError, TokenizerTrainConfig
 from mimo_jax.data.tokenizer_rows import tokenizer_loader
 from mimo_jax.models.tokenizer import rvq
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
@@ -178,42 +178,53 @@ def kmeans_start(
 def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decoder: TextDecoder, optimizer: Any) -> Any:
     """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated."""
     factor = schedule(cfg.optimizer, *budget(cfg))
-    threshold = cfg.model.rvq.dead_code_threshold
 
     def step(state: TrainState, rows: TokenizerRows) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(_keys(cfg.run.seed)[2], state.step)
 
-        def loss(params: Any) -> Any:
-            return tokenizer_loss.tokenizer_loss(model, text_decoder, params, state.codebook, rows, cfg.loss, rng)
+        def loss(params: Any, taps: Any) -> Any:
+            return tokenizer_loss.tokenizer_loss(model, text_decoder, params, state.codebook, rows, cfg.loss, rng, taps)
 
-        (value, (sums, codebook)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        taps = tokenizer_loss.make_taps(cfg.model, rows, jnp.promote_types(cfg.compute.dtype, jnp.float32))
+        (value, (sums, codebook)), (gradients, at_taps) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            state.params, taps
+        )
         updates_made = state.step - state.skipped
-        limits = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
+        limits: dict[str, Any] = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
         state, scalars = apply_gradients(state, gradients, value, optimizer, cfg.optimizer, codebook=codebook, **limits)
         scalars["learning_rate"] = cfg.learning_rate * factor(updates_made)
-        # A code that was just replaced has this count to the last bit, others only by an unlikely chance.
-        revived_R = jnp.stack([jnp.sum(level["count"] == threshold) for _, level in sorted(codebook.items())])
-        metrics = {"loss": sums, "revived_R": revived_R, "steps": jnp.ones(())}
+        scalars |= tokenizer_loss.term_norms(at_taps)
+        metrics = {"loss": sums, "steps": jnp.ones(())}
         return state, StepMetrics.make(metrics, scalars, count_rows(cfg, rows))
 
     return step
 
 
 def make_metrics(cfg: TokenizerTrainConfig, sums: dict[str, Any]) -> dict[str, jax.Array]:
-    """Loss terms, and of each level share of used codes, perplexity, quantisation error, codes revived in a step."""
+    """Loss terms, and of each level share of used codes, perplexity, error, dead and revived codes a step."""
     losses = sums["loss"]
-    out = dict(tokenizer_loss.loss_terms(losses, cfg.loss))
-    usage_R, perplexity_R = rvq.usage_and_perplexity(losses.code_counts)
+    out = tokenizer_loss.loss_terms(losses, cfg.loss) | codebook_metrics(losses.code_counts)
     error_R = losses.commitment_R / jnp.maximum(losses.vectors_R, 1)
     for r in range(cfg.model.rvq.num_levels):
-        name = rvq.level_name(r).replace("_", "/")
-        out |= {f"{name}/usage": usage_R[r], f"{name}/perplexity": perplexity_R[r], f"{name}/error": error_R[r]}
-        if "revived_R" in sums:
-            out[f"{name}/revived"] = sums["revived_R"][r] / sums["steps"]
+        out[f"{_level(r)}/error"] = error_R[r]
+        if "steps" in sums:
+            dead = losses.dead_R[r] / sums["steps"]
+            out |= {f"{_level(r)}/dead": dead, f"{_level(r)}/revived": dead if rvq.revives(cfg.model.rvq) else 0 * dead}
     return out
 
 
-def count_rows(cfg: TokenizerTrainConfig, rows: TokenizerRows) -> dict[str, jax.Array]:
+def codebook_metrics(code_counts: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+    """`level/RR/usage`, the share of the entries that were chosen, and `level/RR/perplexity` of the codes."""
+    usage_R, perplexity_R = rvq.usage_and_perplexity(code_counts)
+    usage = {f"{_level(r)}/usage": usage_R[r] for r in range(len(code_counts))}
+    return usage | {f"{_level(r)}/perplexity": perplexity_R[r] for r in range(len(code_counts))}
+
+
+def _level(r: int) -> str:
+    return rvq.level_name(r).replace("_", "/")
+
+
+def count_rows(cfg: TokenizerTrainConfig | AdversarialTrainConfig, rows: TokenizerRows) -> dict[str, jax.Array]:
     """What a batch holds: clips, seconds and hours of audio, RVQ frames, text tokens."""
     frames = jnp.sum(rows.segment_ids_BT > 0, dtype=jnp.float32)
     seconds = frames * (cfg.model.mel.hop_length / cfg.model.mel.sample_rate)
