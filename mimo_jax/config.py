@@ -659,6 +659,7 @@ class AudioDataConfig(Checked):
     row_codes: int  # RVQ frames M of a row (25 per second)
     row_text: int  # text tokens U of a row
     max_seconds: float = 30.0  # longer recordings are cropped at random, and a cropped one has no A2T target
+    samples: int = 4  # clips whose reconstruction is written at each validation, to listen to
     block_documents: int = 1024  # utterances that are permuted and packed together
 
     _group = "data."
@@ -666,7 +667,7 @@ class AudioDataConfig(Checked):
     def __post_init__(self) -> None:
         self._positive("rows")
         self._require(self.row_codes > 1, "row_codes", "at least 2 RVQ frames")
-        self._not_negative("row_text")
+        self._not_negative("row_text", "samples")
         self._require(self.max_seconds > 0, "max_seconds", "a positive number of seconds")
 
 

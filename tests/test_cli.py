@@ -122,10 +122,10 @@ def test_expected_errors_are_one_line_and_status_2(capsys, tmp_path):
     )
 
 
-def test_the_adversarial_stage_is_refused_by_name(capsys, tmp_path):
+def test_the_adversarial_stage_wants_a_first_stage(capsys, tmp_path):
     spec = f"{CONFIGS / 'tokenizer_adversarial.py'}:tiny"
-    line = error_of(capsys, "train", "--config", spec, "--workdir", tmp_path / "run")
-    assert "adversarial stage of the audio tokenizer" in line and not (tmp_path / "run").exists()
+    line = error_of(capsys, "train", "--config", spec, "--workdir", tmp_path / "run", "--config.init_from=")
+    assert "init_from: expected the run of stage 1" in line and not (tmp_path / "run").exists()
     assert run("config", "show", "--config", spec) == 0
 
 

@@ -1,9 +1,9 @@
 """Losses of the audio tokenizer's second stage: 1 reconstruction + 1 adversarial + 2 feature matching; hinge loss for
 the discriminators (report section 2.1).
 
-B rows, S samples, K discriminators, J feature maps of one, I scales of the reconstruction loss. Everything is gathered
-as sums over the places that lie inside clips (`AdversarialSums`), and means are taken at the end: a batch split over
-devices gives one value, and sums of several batches give the loss of all of them.
+B rows, S samples, K discriminators, J feature maps of one of them, I scales of the reconstruction loss. Everything is
+gathered as sums over the places that lie inside clips (`AdversarialSums`), and means are taken at the end: a batch
+split over devices gives one value, and sums of several batches give the loss of all of them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class AdversarialSums(NamedTuple):
     mel_frames_I: jax.Array
     real: Scores
     made: Scores
-    feature_KJ: jax.Array  # L1 of feature maps: mean over channels, summed over places
-    feature_places_KJ: jax.Array
+    features: tuple[jax.Array, ...]  # of each discriminator, L1 of its maps [J]: mean over channels, sum over places
+    feature_places: tuple[jax.Array, ...]
     code_counts: tuple[jax.Array, ...]  # for each level, how often each entry was chosen
 
 
@@ -64,8 +64,10 @@ def scores(judged: Judgements, inside: Judgements, real: bool) -> Scores:
     return Scores(*(jnp.stack(column) for column in zip(*columns, strict=True)))
 
 
-def feature_sums(real: Judgements, made: Judgements, inside: Judgements) -> tuple[jax.Array, jax.Array]:
-    """L1 distances of feature maps, mean over channels and summed over places inside clips: [K, J], and places [K, J].
+def feature_sums(
+    real: Judgements, made: Judgements, inside: Judgements
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """L1 distances of the maps [J] of each discriminator, mean over channels and summed over places; and the places.
 
     The real ones are targets: no gradient passes through them.
     """
@@ -75,11 +77,12 @@ def feature_sums(real: Judgements, made: Judgements, inside: Judgements) -> tupl
         distance_BHW = jnp.abs(made.astype(wide) - jax.lax.stop_gradient(true).astype(wide)).mean(axis=-1)
         return jnp.sum(jnp.where(inside_BHW, distance_BHW, 0)), jnp.sum(inside_BHW.astype(wide))
 
-    maps = [
-        [of_map(*x) for x in zip(a.features, b.features, places.features, strict=True)]
-        for a, b, places in zip(real, made, inside, strict=True)
-    ]
-    return tuple(jnp.stack([jnp.stack([x[i] for x in row]) for row in maps]) for i in (0, 1))  # type: ignore[return-value]
+    sums, places = [], []
+    for a, b, where in zip(real, made, inside, strict=True):
+        maps = [of_map(*x) for x in zip(a.features, b.features, where.features, strict=True)]
+        sums.append(jnp.stack([x for x, _ in maps]))
+        places.append(jnp.stack([n for _, n in maps]))
+    return tuple(sums), tuple(places)
 
 
 def hinge_loss(real: Scores, made: Scores) -> jax.Array:
@@ -92,9 +95,9 @@ def adversarial_loss(made: Scores) -> jax.Array:
     return -jnp.mean(_mean(made.logits_K, made.places_K))
 
 
-def feature_loss(feature_KJ: jax.Array, places_KJ: jax.Array) -> jax.Array:
-    """Mean L1 of feature maps, each map and each discriminator weighing the same."""
-    return jnp.mean(_mean(feature_KJ, places_KJ))
+def feature_loss(sums: Sequence[jax.Array], places: Sequence[jax.Array]) -> jax.Array:
+    """Mean L1 of feature maps: each discriminator weighs the same, and so does each map of one."""
+    return jnp.mean(jnp.stack([jnp.mean(_mean(s_J, n_J)) for s_J, n_J in zip(sums, places, strict=True)]))
 
 
 def mel_loss(mel_I: jax.Array, frames_I: jax.Array) -> jax.Array:
@@ -116,7 +119,7 @@ def loss_terms(sums: AdversarialSums, loss: AdversarialLossConfig, names: Sequen
     """
     mel = mel_loss(sums.mel_I, sums.mel_frames_I)
     adversarial = adversarial_loss(sums.made)
-    feature = feature_loss(sums.feature_KJ, sums.feature_places_KJ)
+    feature = feature_loss(sums.features, sums.feature_places)
     total = loss.mel_weight * mel + loss.adversarial_weight * adversarial + loss.feature_weight * feature
     terms = {"loss": total, "mel": mel, "adversarial": adversarial, "feature": feature}
     terms["discriminator"] = hinge_loss(sums.real, sums.made)

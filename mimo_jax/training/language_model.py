@@ -79,7 +79,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         channels = [means[f"channel/{r}/ce"] for r in range(cfg.model.num_channels)]
         return means | {"audio/ce": jnp.mean(jnp.stack(channels))}
 
-    def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+    def validate(step: int, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
         def one(state: TrainState, rows: LMRows) -> StepMetrics:
             return eval_step(state.params, rows, base)
 

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,10 @@ from mimo_jax.sharding import batch_sharding, make_mesh, shardings, unboxed
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training import loop, tokenizer_loss
 from mimo_jax.training.checkpoint import CheckpointStore
+from mimo_jax.training.health import codebook_symptoms
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, budget, make_optimizer, schedule
+from mimo_jax.training.samples import Samples, first_batch
 from mimo_jax.training.state import TrainState
 
 GROUPS = ("audio_tokenizer", "text_decoder")
@@ -48,7 +51,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, workdir: str | os.PathLike[str]) 
             _train(cfg, folder, mesh)
 
 
-def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
+def _train(cfg: TokenizerTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -> None:
     run = cfg.run
     init_key, kmeans_key, _ = _keys(run.seed)
 
@@ -57,27 +60,12 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
     loader = tokenizer_loader(cfg, "train", text_tokenizer)
     validation = tokenizer_loader(cfg, "validation", text_tokenizer)
 
-    # Model and optimiser
-    model = AudioTokenizer(cfg.model, cfg.compute)
+    # Model, optimiser and update step, on the mesh
+    job = assemble(cfg, mesh)
+    model, placed = job.model, job.placed
     text_decoder = TextDecoder(cfg.a2t, cfg.model.encoder.d_model, cfg.compute)
-    optimizer = make_optimizer(cfg.optimizer, dict.fromkeys(GROUPS, cfg.learning_rate), *budget(cfg))
-
-    init = functools.partial(tokenizer_loss.init_variables, cfg.model, cfg.a2t, cfg.compute)
-
-    def start(key: jax.Array) -> TrainState:
-        variables = unboxed(init(key))
-        return TrainState.start(variables["params"], optimizer.init(variables["params"]), variables["codebook"])
-
-    # Shard
-    abstract = jax.eval_shape(start, init_key)
-    placed = loop.state_shardings(abstract, shardings(jax.eval_shape(init, init_key), mesh)["params"], mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-
     put = functools.partial(loop.to_devices, sharding=batch_sharding(mesh))
-
-    # Update step
-    step = make_train_step(cfg, model, text_decoder, optimizer)
-    train_step = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated))
 
     @jax.jit
     def eval_step(state: TrainState, rows: TokenizerRows) -> StepMetrics:
@@ -85,13 +73,15 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         return jax.lax.with_sharding_constraint(StepMetrics.make({"loss": sums}), replicated)
 
     describe = jax.jit(functools.partial(make_metrics, cfg))
+    samples = Samples(model, folder, cfg.data.samples, replicated)
 
-    def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-        return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches, stop)
+    def validate(step: int, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        batches = first_batch(validation, put, lambda rows: samples.write(step, state, rows, writer))
+        return loop.evaluate(eval_step, state, batches, put, describe, run.eval_batches, stop)
 
     # Restore
     store = CheckpointStore(folder, run.keep_checkpoints, run.keep_every_tokens, run.keep_best)
-    restored = loop.resume(store, abstract, placed, cfg, loader)
+    restored = loop.resume(store, job.abstract, placed, cfg, loader)
     if restored is not None:
         state, meta = restored
         counters = meta["counters"]
@@ -99,7 +89,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         writer.say(f"continuing from step {meta['step']}")
     else:
         writer = MetricsWriter(folder)
-        state, counters = jax.jit(start, out_shardings=placed)(init_key), {}
+        state, counters = jax.jit(job.start, out_shardings=placed)(init_key), {}
         position = loader.state()
         codebook = kmeans_start(cfg, model, state, put(next(loader)), kmeans_key)
         loader.restore(position)  # the first batch is used again, by the first step
@@ -113,7 +103,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
     try:
         loop.train_loop(
             state,
-            train_step,
+            job.update,
             loader,
             validate,
             config=cfg,
@@ -124,6 +114,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
                 unit="audio s",
                 counter="audio_seconds",
                 flops=lambda counters: train_flops(cfg, counters),
+                symptoms=functools.partial(codebook_symptoms, sizes=cfg.model.rvq.codebook_sizes),
             ),
             put=put,
             store=store,
@@ -135,6 +126,39 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         store.close()
         loader.close()
         validation.close()
+
+
+class TokenizerJob(NamedTuple):
+    """The parts of a job of either stage that need no devices to exist."""
+
+    model: AudioTokenizer
+    abstract: TrainState  # shapes of the state
+    placed: TrainState  # its shardings
+    start: Callable[..., TrainState]  # the state before the first step: of a random key, or (stage 2) of arrays
+    update: Any  # the jitted step (state, rows) -> (state, metrics), which donates the state
+
+
+def assemble(cfg: TokenizerTrainConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> TokenizerJob:
+    """Puts the parts of a job together; nothing is computed or compiled.
+
+    Raises:
+        ConfigError: settings do not fit the mesh.
+    """
+    model = AudioTokenizer(cfg.model, cfg.compute)
+    text_decoder = TextDecoder(cfg.a2t, cfg.model.encoder.d_model, cfg.compute)
+    optimizer = make_optimizer(cfg.optimizer, dict.fromkeys(GROUPS, cfg.learning_rate), *budget(cfg))
+    init = functools.partial(tokenizer_loss.init_variables, cfg.model, cfg.a2t, cfg.compute)
+
+    def start(key: jax.Array) -> TrainState:
+        variables = unboxed(init(key))
+        return TrainState.start(variables["params"], optimizer.init(variables["params"]), variables["codebook"])
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    abstract = jax.eval_shape(start, key)
+    placed = loop.state_shardings(abstract, shardings(jax.eval_shape(init, key), mesh)["params"], mesh)
+    step = make_train_step(cfg, model, text_decoder, optimizer)
+    update = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
+    return TokenizerJob(model, abstract, placed, start, update)
 
 
 def _keys(seed: int) -> jax.Array:

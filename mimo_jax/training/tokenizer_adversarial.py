@@ -30,10 +30,12 @@ from mimo_jax.sharding import batch_sharding, make_mesh, shardings, unboxed
 from mimo_jax.training import adversarial_loss, loop
 from mimo_jax.training.adversarial_loss import AdversarialSums
 from mimo_jax.training.checkpoint import CheckpointStore, open_step, read_meta, read_variables, transfer
+from mimo_jax.training.health import adversarial_symptoms
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, budget, make_optimizer, schedule
+from mimo_jax.training.samples import Samples, first_batch
 from mimo_jax.training.state import TrainState, Tree
-from mimo_jax.training.tokenizer import codebook_metrics, count_rows
+from mimo_jax.training.tokenizer import TokenizerJob, codebook_metrics, count_rows
 from mimo_jax.training.tokenizer_loss import mel_distance
 from mimo_jax.trees import flatten
 
@@ -59,21 +61,11 @@ def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -
     # Data
     loader, validation = tokenizer_loader(cfg, "train"), tokenizer_loader(cfg, "validation")
 
-    # Model and optimisers
-    optimizer = make_optimizer(cfg.optimizer, _rates(cfg), *budget(cfg))
-
-    def start(params: Tree, codebook: Tree, spectral: Tree) -> TrainState:
-        return TrainState.start(params, optimizer.init(trained(params)), codebook, spectral)
-
-    # Shard
-    boxed = jax.eval_shape(functools.partial(init_variables, cfg), jax.random.key(0))
-    abstract = jax.eval_shape(start, *(unboxed(boxed)[name] for name in ("params", "codebook", "spectral")))
-    placed = loop.state_shardings(abstract, shardings(boxed, mesh)["params"], mesh)
+    # Models, optimisers and update step, on the mesh
+    job = assemble(cfg, mesh)
+    abstract, placed = job.abstract, job.placed
     replicated = NamedSharding(mesh, PartitionSpec())
     put = functools.partial(loop.to_devices, sharding=batch_sharding(mesh))
-
-    # Update step
-    train_step = jax.jit(make_train_step(cfg, optimizer), donate_argnums=0, out_shardings=(placed, replicated))
 
     @jax.jit
     def eval_step(state: TrainState, rows: TokenizerRows) -> StepMetrics:
@@ -81,9 +73,11 @@ def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -
         return jax.lax.with_sharding_constraint(StepMetrics.make({"loss": sums}), replicated)
 
     describe = jax.jit(functools.partial(make_metrics, cfg))
+    samples = Samples(job.model, folder, cfg.data.samples, replicated)
 
-    def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-        return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches, stop)
+    def validate(step: int, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        batches = first_batch(validation, put, lambda rows: samples.write(step, state, rows, writer))
+        return loop.evaluate(eval_step, state, batches, put, describe, run.eval_batches, stop)
 
     # Restore
     store = CheckpointStore(folder, run.keep_checkpoints, run.keep_every_tokens, run.keep_best)
@@ -98,7 +92,7 @@ def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -
         params, codebook, source = _stage_1(cfg, abstract, placed)
         fresh = jax.jit(lambda key: unboxed(init_discriminators(cfg, key)))(jax.random.key(run.seed))
         params = {"discriminators": fresh["params"]} | params
-        begin = jax.jit(start, out_shardings=placed, donate_argnums=0)
+        begin = jax.jit(job.start, out_shardings=placed, donate_argnums=0)
         state = begin(params, codebook, fresh["spectral"])
         writer.say(f"{', '.join(sorted(params.keys() & source['trained_groups']))} from {source['path']}")
     loop.describe_run(folder, cfg, state.params)
@@ -112,7 +106,7 @@ def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -
     try:
         loop.train_loop(
             state,
-            train_step,
+            job.update,
             loader,
             validate,
             config=cfg,
@@ -123,6 +117,7 @@ def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -
                 unit="audio s",
                 counter="audio_seconds",
                 flops=lambda counters: train_flops(cfg, counters),
+                symptoms=adversarial_symptoms,
             ),
             put=put,
             store=store,
@@ -134,6 +129,25 @@ def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -
         store.close()
         loader.close()
         validation.close()
+
+
+def assemble(cfg: AdversarialTrainConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> TokenizerJob:
+    """Puts the parts of a job together; nothing is computed or compiled.
+
+    Raises:
+        ConfigError: settings do not fit the mesh.
+    """
+    optimizer = make_optimizer(cfg.optimizer, _rates(cfg), *budget(cfg))
+
+    def start(params: Tree, codebook: Tree, spectral: Tree) -> TrainState:
+        return TrainState.start(params, optimizer.init(trained(params)), codebook, spectral)
+
+    boxed = jax.eval_shape(functools.partial(init_variables, cfg), jax.eval_shape(lambda: jax.random.key(0)))
+    abstract = jax.eval_shape(start, *(unboxed(boxed)[name] for name in ("params", "codebook", "spectral")))
+    placed = loop.state_shardings(abstract, shardings(boxed, mesh)["params"], mesh)
+    step = make_train_step(cfg, optimizer)
+    update = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
+    return TokenizerJob(AudioTokenizer(cfg.model, cfg.compute), abstract, placed, start, update)
 
 
 def init_discriminators(cfg: AdversarialTrainConfig, key: jax.Array) -> dict[str, Any]:
@@ -252,14 +266,14 @@ def forward(
         norms = {f"term_norm/{name}": factors[name] * norm for name, norm in norms.items()}
         return {"audio_tokenizer": generating, "discriminators": judging}, norms
 
-    feature_KJ, feature_places_KJ = adversarial_loss.feature_sums(real, made, inside)
+    features, feature_places = adversarial_loss.feature_sums(real, made, inside)
     sums = AdversarialSums(
         mel_I=mel_I,
         mel_frames_I=frames_I,
         real=adversarial_loss.scores(real, inside, real=True),
         made=adversarial_loss.scores(made, inside, real=False),
-        feature_KJ=feature_KJ,
-        feature_places_KJ=feature_places_KJ,
+        features=features,
+        feature_places=feature_places,
         code_counts=code_counts,
     )
     return sums, gradients, spectral
