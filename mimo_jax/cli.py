@@ -134,6 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_convert(subparsers)
     _add_parity(subparsers)
     _add_quickstart(subparsers)
+    _add_prepare(subparsers)
     return parser
 
 
@@ -621,7 +622,14 @@ def _add_quickstart(subparsers: Any) -> None:
     add("--out", default="runs/quickstart", metavar="DIR", help="default %(default)s")
     add("--audio", action="append", metavar="DIR", help="also use your own recordings in this folder; repeatable")
 
-    group = _group(subparsers, "prepare", "Prepare public corpora.")
+
+def _add_prepare(subparsers: Any) -> None:
+    group = _group(subparsers, "prepare", "Prepare small corpora: public recordings, synthetic speech.")
+
+    def add_hold_out(parser: argparse.ArgumentParser) -> None:
+        hold_out = "a speaker who is only in held-out-voices.jsonl; repeatable"
+        parser.add_argument("--hold-out", action="append", default=[], metavar="NAME", help=hold_out)
+
     parser = _verb(
         group,
         "debian",
@@ -636,6 +644,46 @@ def _add_quickstart(subparsers: Any) -> None:
     add("--no-festvox", action="store_true", help="leave festvox-ru out")
     shorter = "leave shorter transcripts out (default %(default)s)"
     add("--min-characters", type=int, default=1, metavar="N", help=shorter)
+    add_hold_out(parser)
+
+    for name, run, minutes, speaking, summary in (
+        (
+            "synthetic",
+            verbs.run_prepare_synthetic,
+            18.0,
+            "those of the quickstart",
+            "Let espeak-ng speak English sentences: the quickstart's synthetic speech, and its text corpora.",
+        ),
+        (
+            "words",
+            verbs.run_prepare_words,
+            30.0,
+            "all",
+            "Let espeak-ng speak a closed vocabulary in random order, with the time of every word, for `eval probe`.",
+        ),
+    ):
+        parser = _verb(
+            group, name, run, summary, f"example:\n  mimo-jax prepare {name} --out data/{name} --hold-out klatt\n"
+        )
+        add = parser.add_argument
+        add("--out", required=True, metavar="DIR", help="folder for wav files and manifests")
+        length = "speech to train on (default %(default)s)"
+        add("--minutes", type=_positive, default=minutes, metavar="M", help=length)
+        voices = f"voices that speak (default: {speaking}, but for those held out)"
+        add("--voices", nargs="+", metavar="NAME", help=voices)
+        add_hold_out(parser)
+    add("--seed", type=int, default=0, help="of what is said and how (default %(default)s)")
+
+    parser = _verb(
+        group,
+        "join",
+        verbs.run_prepare_join,
+        "Make one manifest of several; the audio files stay where they are.",
+        "example:\n  mimo-jax prepare join data/debian/train.jsonl data/words/train.jsonl --out data/train.jsonl\n",
+    )
+    add = parser.add_argument
+    add("manifests", nargs="+", metavar="FILE", help="JSONL manifests")
+    add("--out", required=True, metavar="FILE", help="manifest to write")
 
 
 if __name__ == "__main__":

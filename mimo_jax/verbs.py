@@ -470,9 +470,41 @@ def run_prepare_debian(options: argparse.Namespace) -> None:
         languages=options.language or ASTERISK_LANGUAGES,
         festvox=not options.no_festvox,
         min_characters=options.min_characters,
-        progress=lambda line: print(line, file=sys.stderr),
+        hold_out=options.hold_out,
+        progress=_say_progress,
     )
+    _say_prepared(summary)
+
+
+def run_prepare_synthetic(options: argparse.Namespace) -> None:
+    from mimo_jax.corpora.synthetic import QUICKSTART_VOICES, build_corpus
+
+    voices = options.voices or QUICKSTART_VOICES
+    given = {"minutes": options.minutes, "voices": voices, "hold_out": options.hold_out}
+    _say_prepared(build_corpus(options.out, **given, progress=_say_progress))
+
+
+def run_prepare_words(options: argparse.Namespace) -> None:
+    from mimo_jax.audio.synth import VOICES
+    from mimo_jax.corpora.words import build_words
+
+    given = {"minutes": options.minutes, "hold_out": options.hold_out, "seed": options.seed}
+    _say_prepared(build_words(options.out, voices=options.voices or tuple(VOICES), **given, progress=_say_progress))
+
+
+def run_prepare_join(options: argparse.Namespace) -> None:
+    from mimo_jax.corpora.manifest import join_manifests
+
+    clips, seconds = join_manifests(options.manifests, options.out)
+    print(f"{options.out}: {clips:,} clips, {seconds / 60:.1f} minutes")
+
+
+def _say_progress(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _say_prepared(summary: Any) -> None:
     for line in summary.skipped:
         print(f"left out: {line}", file=sys.stderr)
-    for path, clips, seconds in zip((summary.train, summary.validation), summary.clips, summary.seconds, strict=True):
+    for path, clips, seconds in zip(summary.manifests, summary.clips, summary.seconds, strict=True):
         print(f"{path}: {clips:,} clips, {seconds / 60:.1f} minutes")
