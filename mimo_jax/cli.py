@@ -132,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(subparsers)
     _add_codec(subparsers)
     _add_convert(subparsers)
+    _add_eval(subparsers)
     _add_parity(subparsers)
     _add_quickstart(subparsers)
     _add_prepare(subparsers)
@@ -593,6 +594,42 @@ def _add_convert(subparsers: Any) -> None:
     add("--step", type=int, help="checkpoint of a run (default: the newest)")
     largest = "largest safetensors file (default %(default)s)"
     add("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help=largest)
+
+
+def _add_eval(subparsers: Any) -> None:
+    group = _group(subparsers, "eval", "Measure trained models.")
+    _add_eval_probe(group)
+
+
+def _add_eval_probe(group: Any) -> None:
+    parser = _verb(
+        group,
+        "probe",
+        verbs.run_eval_probe,
+        "Tell phones or words from the codes of frozen audio tokenizers, by a linear map; compare tokenizers.",
+        "examples:\n"
+        "  mimo-jax eval probe phones --audio-tokenizer runs/tokenizer --train data/debian/train.jsonl \\\n"
+        "      --test data/debian/validation.jsonl --phones data/debian/phones.jsonl\n"
+        "  mimo-jax eval probe words --audio-tokenizer runs/a2t-{0,1,2} --against runs/plain-{0,1,2} \\\n"
+        "      --train data/words/train.jsonl --test data/words/held-out-voices.jsonl --out words.json\n"
+        "`mimo-jax prepare debian` and `prepare words` make the data.\n",
+    )
+    add = parser.add_argument
+    add("task", choices=("phones", "words"), help="what to tell: the phone of each frame, or each spoken word")
+    add("--audio-tokenizer", nargs="+", required=True, metavar="RUN", help="tokenizer runs or converted ones")
+    against = "as many others to compare with, one by one in this order (the same seeds)"
+    add("--against", nargs="+", default=[], metavar="RUN", help=against)
+    add("--step", type=int, help="checkpoint of all of them (default: the newest of each)")
+    add("--train", required=True, metavar="FILE", help="manifest to train the probe on")
+    add("--test", required=True, metavar="FILE", help="manifest to measure on")
+    add("--phones", metavar="FILE", help="phones: their labels, a manifest whose segments are phones")
+    add("--levels", type=int, default=8, metavar="R", help="read the first R levels (default %(default)s)")
+    add("--context", type=int, default=1, metavar="N", help="phones: frames on each side (default %(default)s)")
+    add("--parts", type=int, default=3, metavar="N", help="words: parts of a word's time (default %(default)s)")
+    features = "one-hot codes, or the sum of the codebook entries (default %(default)s)"
+    add("--features", choices=("codes", "vectors"), default="codes", help=features)
+    add("--keep-silence", action="store_true", help="phones: silence (pau) is a class; left out by default")
+    add("--out", metavar="FILE", help="write the figures as JSON")
 
 
 def _add_parity(subparsers: Any) -> None:
