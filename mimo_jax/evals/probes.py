@@ -292,6 +292,10 @@ def probe(train: Examples, test: Examples, num_classes: int, num_clips: int) -> 
         scale_F[scale_F == 0] = 1.0
         train = dataclasses.replace(train, x_EF=(train.x_EF - mean_F) / scale_F)
         test = dataclasses.replace(test, x_EF=(test.x_EF - mean_F) / scale_F)
+    else:  # codes that do not occur in training have no weight
+        occurring = np.unique(train.x_EF.indices)
+        train = dataclasses.replace(train, x_EF=train.x_EF[:, occurring])
+        test = dataclasses.replace(test, x_EF=test.x_EF[:, occurring])
     judge_E = train.clip_E % _JUDGE_EVERY == _JUDGE_EVERY - 1
     if not judge_E.any() or judge_E.all():
         raise ProbeError(f"training side: expected at least {_JUDGE_EVERY} labelled clips")

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
-PENALTIES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # that are tried, from the strongest on
+PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # that are tried, from the strongest on
 _TOLERANCE = 1e-6  # relative fall of the objective in one iteration at which it has converged
 _MAX_ITERATIONS = 1000
 
@@ -61,7 +61,7 @@ def fit(
     square_F = np.asarray((x_EF * x_EF).sum(axis=0), np.float64).reshape(width)
     # The diagonal of the Hessian, but for how sure the classifier is.
     scale_F1 = (1.0 / np.sqrt(square_F / num / num_classes + penalty / num))[:, None].astype(np.float32)
-    transposed_FE = x_EF.T.tocsr() if scipy.sparse.issparse(x_EF) else x_EF.T
+    transposed_FE = x_EF.T if isinstance(x_EF, np.ndarray) else x_EF.T.tocsr()
     rows, split = np.arange(num), width * num_classes
 
     def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
