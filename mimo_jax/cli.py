@@ -131,8 +131,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_text_tokenizer(subparsers)
     _add_generate(subparsers)
     _add_codec(subparsers)
-    _add_convert(subparsers)
     _add_eval(subparsers)
+    _add_convert(subparsers)
     _add_parity(subparsers)
     _add_quickstart(subparsers)
     _add_prepare(subparsers)
@@ -560,42 +560,6 @@ def _add_codec(subparsers: Any) -> None:
     add("--chunk-seconds", type=float, default=1.0, metavar="S", help="with --stream: audio of a step (default 1)")
 
 
-def _bytes(text: str) -> int:
-    number, unit = text[:-2], text[-2:].upper()
-    try:
-        size = int(float(number) * {"MB": 10**6, "GB": 10**9}[unit])
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"expected a size as 500MB or 5GB, got {text!r}") from None
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"expected a positive size, got {text!r}")
-    return size
-
-
-def _add_convert(subparsers: Any) -> None:
-    parser = _verb(
-        subparsers,
-        "convert",
-        verbs.run_convert,
-        "Turn published weights into a checkpoint, or a checkpoint of ours into published weights.",
-        "examples:\n"
-        "  mimo-jax convert MiMo-Audio-7B-Instruct --out weights/audio-lm   (or an audio tokenizer)\n"
-        "  mimo-jax convert MiMo-7B-Base --out weights/llm --like configs/understanding.py:7b\n"
-        "  mimo-jax convert runs/joint --out release\n"
-        "a text model (Qwen2, MiMo-7B, Llama) becomes the LLM of a new audio language model, to start a run from with\n"
-        "--config.init_from. Memory is that of one layer, whatever the size.\n",
-    )
-    add = parser.add_argument
-    source = "folder with config.json and safetensors; or workdir of a run, or a checkpoint"
-    add("source", metavar="SOURCE", help=source)
-    add("--out", required=True, metavar="DIR", help="folder to make; nothing is overwritten")
-    like = "for a text model: config whose patch encoder and decoder it gets"
-    add("--like", default="", metavar="FILE:SIZE", help=like)
-    add("--seed", type=int, default=0, help="of those (default %(default)s)")
-    add("--step", type=int, help="checkpoint of a run (default: the newest)")
-    largest = "largest safetensors file (default %(default)s)"
-    add("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help=largest)
-
-
 def _add_eval(subparsers: Any) -> None:
     group = _group(subparsers, "eval", "Measure trained models.")
     _add_eval_probe(group)
@@ -630,6 +594,42 @@ def _add_eval_probe(group: Any) -> None:
     add("--features", choices=("codes", "vectors"), default="codes", help=features)
     add("--keep-silence", action="store_true", help="phones: silence (pau) is a class; left out by default")
     add("--out", metavar="FILE", help="write the figures as JSON")
+
+
+def _bytes(text: str) -> int:
+    number, unit = text[:-2], text[-2:].upper()
+    try:
+        size = int(float(number) * {"MB": 10**6, "GB": 10**9}[unit])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"expected a size as 500MB or 5GB, got {text!r}") from None
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"expected a positive size, got {text!r}")
+    return size
+
+
+def _add_convert(subparsers: Any) -> None:
+    parser = _verb(
+        subparsers,
+        "convert",
+        verbs.run_convert,
+        "Turn published weights into a checkpoint, or a checkpoint of ours into published weights.",
+        "examples:\n"
+        "  mimo-jax convert MiMo-Audio-7B-Instruct --out weights/audio-lm   (or an audio tokenizer)\n"
+        "  mimo-jax convert MiMo-7B-Base --out weights/llm --like configs/understanding.py:7b\n"
+        "  mimo-jax convert runs/joint --out release\n"
+        "a text model (Qwen2, MiMo-7B, Llama) becomes the LLM of a new audio language model, to start a run from with\n"
+        "--config.init_from. Memory is that of one layer, whatever the size.\n",
+    )
+    add = parser.add_argument
+    source = "folder with config.json and safetensors; or workdir of a run, or a checkpoint"
+    add("source", metavar="SOURCE", help=source)
+    add("--out", required=True, metavar="DIR", help="folder to make; nothing is overwritten")
+    like = "for a text model: config whose patch encoder and decoder it gets"
+    add("--like", default="", metavar="FILE:SIZE", help=like)
+    add("--seed", type=int, default=0, help="of those (default %(default)s)")
+    add("--step", type=int, help="checkpoint of a run (default: the newest)")
+    largest = "largest safetensors file (default %(default)s)"
+    add("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help=largest)
 
 
 def _add_parity(subparsers: Any) -> None:
