@@ -94,6 +94,7 @@ def fit_chosen(
     """Fits with the penalty that a part of the training side itself prefers, then to all of it.
 
     The penalty goes down from the strongest until the cross-entropy of that part rises.
+    Where the training side can be separated, it may fall to the end: then the margin is as wide as can be.
 
     Args:
         judge_E: bool, the examples that judge and are not fitted to before the last fit.
