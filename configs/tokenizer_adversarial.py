@@ -1,9 +1,11 @@
 """Audio tokenizer, stage 2: decoder and vocoder against 5 multi-period and 5 STFT discriminators (report section 2.1).
 
-Encoder and codebooks stay as stage 1 left them (`init_from`). Generator: 1 x mel + 1 x adversarial + 2 x feature
-matching; hinge loss, spectral norm on every discriminator layer, no weight decay for the discriminators.
+    mimo-jax train --config configs/tokenizer_adversarial.py:tiny --workdir runs/tokenizer-adversarial \
+        --config.init_from=runs/tokenizer \
+        --config.data.manifest=data/train.jsonl --config.data.validation=data/validation.jsonl
 
-    mimo-jax config show --config configs/tokenizer_adversarial.py:7b
+Encoder and codebooks stay as stage 1 left them (`init_from`), and so do the codes. Generator: 1 x mel + 1 x adversarial
++ 2 x feature matching; hinge loss, spectral norm on every discriminator layer, no weight decay for the discriminators.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +24,7 @@ from mimo_jax.config_files import to_config_dict
 def get_config(size: str | None = None) -> ConfigDict:
     size = presets.check_size(size)
     rows, steps, learning_rate = {
-        "tiny": (4, 400, 2e-4),
+        "tiny": (4, 400, 3e-4),
         "100m": (16, 200_000, 2e-4),
         "1b": (64, 300_000, 1e-4),
         "7b": (128, 500_000, 1e-4),
@@ -37,7 +39,7 @@ def get_config(size: str | None = None) -> ConfigDict:
             data=AudioDataConfig(
                 manifest="data/train.jsonl",
                 validation="data/validation.jsonl",
-                text_tokenizer="data/text.model",
+                text_tokenizer="",
                 rows=rows,
                 row_codes=64,
                 row_text=0,

@@ -135,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_convert(subparsers)
     _add_parity(subparsers)
     _add_quickstart(subparsers)
+    _add_prepare(subparsers)
     return parser
 
 
@@ -559,6 +560,43 @@ def _add_codec(subparsers: Any) -> None:
     add("--chunk-seconds", type=float, default=1.0, metavar="S", help="with --stream: audio of a step (default 1)")
 
 
+def _add_eval(subparsers: Any) -> None:
+    group = _group(subparsers, "eval", "Measure trained models.")
+    _add_eval_probe(group)
+    _add_eval_reconstruction(group)
+
+
+def _add_eval_probe(group: Any) -> None:
+    parser = _verb(
+        group,
+        "probe",
+        verbs.run_eval_probe,
+        "Tell phones or words from the codes of frozen audio tokenizers, by a linear map; compare tokenizers.",
+        "examples:\n"
+        "  mimo-jax eval probe phones --audio-tokenizer runs/tokenizer --train data/debian/train.jsonl \\\n"
+        "      --test data/debian/validation.jsonl --phones data/debian/phones.jsonl\n"
+        "  mimo-jax eval probe words --audio-tokenizer runs/a2t-{0,1,2} --against runs/plain-{0,1,2} \\\n"
+        "      --train data/words/train.jsonl --test data/words/held-out-voices.jsonl --out words.json\n"
+        "`mimo-jax prepare debian` and `prepare words` make the data.\n",
+    )
+    add = parser.add_argument
+    add("task", choices=("phones", "words"), help="what to tell: the phone of each frame, or each spoken word")
+    add("--audio-tokenizer", nargs="+", required=True, metavar="RUN", help="tokenizer runs or converted ones")
+    against = "as many others to compare with, one by one in this order (the same seeds)"
+    add("--against", nargs="+", default=[], metavar="RUN", help=against)
+    add("--step", type=int, help="checkpoint of all of them (default: the newest of each)")
+    add("--train", required=True, metavar="FILE", help="manifest to train the probe on")
+    add("--test", required=True, metavar="FILE", help="manifest to measure on")
+    add("--phones", metavar="FILE", help="phones: their labels, a manifest whose segments are phones")
+    add("--levels", type=int, default=8, metavar="R", help="read the first R levels (default %(default)s)")
+    add("--context", type=int, default=1, metavar="N", help="phones: frames on each side (default %(default)s)")
+    add("--parts", type=int, default=3, metavar="N", help="words: parts of a word's time (default %(default)s)")
+    features = "one-hot codes, or the sum of the codebook entries (default %(default)s)"
+    add("--features", choices=("codes", "vectors"), default="codes", help=features)
+    add("--keep-silence", action="store_true", help="phones: silence (pau) is a class; left out by default")
+    add("--out", metavar="FILE", help="write the figures as JSON")
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     """`1-20`, `1,2,8` or both, as in `1-4,8`."""
     numbers: list[int] = []
@@ -573,8 +611,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _add_eval(subparsers: Any) -> None:
-    group = _group(subparsers, "eval", "Measure what was trained.")
+def _add_eval_reconstruction(group: Any) -> None:
     parser = _verb(
         group,
         "reconstruction",
@@ -666,7 +703,14 @@ def _add_quickstart(subparsers: Any) -> None:
     add("--out", default="runs/quickstart", metavar="DIR", help="default %(default)s")
     add("--audio", action="append", metavar="DIR", help="also use your own recordings in this folder; repeatable")
 
-    group = _group(subparsers, "prepare", "Prepare public corpora.")
+
+def _add_prepare(subparsers: Any) -> None:
+    group = _group(subparsers, "prepare", "Prepare small corpora: public recordings, synthetic speech.")
+
+    def add_hold_out(parser: argparse.ArgumentParser) -> None:
+        hold_out = "a speaker who is only in held-out-voices.jsonl; repeatable"
+        parser.add_argument("--hold-out", action="append", default=[], metavar="NAME", help=hold_out)
+
     parser = _verb(
         group,
         "debian",
@@ -681,6 +725,46 @@ def _add_quickstart(subparsers: Any) -> None:
     add("--no-festvox", action="store_true", help="leave festvox-ru out")
     shorter = "leave shorter transcripts out (default %(default)s)"
     add("--min-characters", type=int, default=1, metavar="N", help=shorter)
+    add_hold_out(parser)
+
+    for name, run, minutes, speaking, summary in (
+        (
+            "synthetic",
+            verbs.run_prepare_synthetic,
+            18.0,
+            "those of the quickstart",
+            "Let espeak-ng speak English sentences: the quickstart's synthetic speech, and its text corpora.",
+        ),
+        (
+            "words",
+            verbs.run_prepare_words,
+            30.0,
+            "all",
+            "Let espeak-ng speak a closed vocabulary in random order, with the time of every word, for `eval probe`.",
+        ),
+    ):
+        parser = _verb(
+            group, name, run, summary, f"example:\n  mimo-jax prepare {name} --out data/{name} --hold-out klatt\n"
+        )
+        add = parser.add_argument
+        add("--out", required=True, metavar="DIR", help="folder for wav files and manifests")
+        length = "speech to train on (default %(default)s)"
+        add("--minutes", type=_positive, default=minutes, metavar="M", help=length)
+        voices = f"voices that speak (default: {speaking}, but for those held out)"
+        add("--voices", nargs="+", metavar="NAME", help=voices)
+        add_hold_out(parser)
+    add("--seed", type=int, default=0, help="of what is said and how (default %(default)s)")
+
+    parser = _verb(
+        group,
+        "join",
+        verbs.run_prepare_join,
+        "Make one manifest of several; the audio files stay where they are.",
+        "example:\n  mimo-jax prepare join data/debian/train.jsonl data/words/train.jsonl --out data/train.jsonl\n",
+    )
+    add = parser.add_argument
+    add("manifests", nargs="+", metavar="FILE", help="JSONL manifests")
+    add("--out", required=True, metavar="FILE", help="manifest to write")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ class RVQConfig(Checked):
     ema_decay: float = 0.99  # decay of the code sums and counts
     epsilon: float = 1e-5  # Laplace smoothing of the counts
     kmeans_iterations: int = 50  # Lloyd iterations of the start on the first batch
-    dead_code_threshold: float = 2.0  # a code whose EMA count falls below this is replaced by a vector of the batch
+    dead_code_threshold: float = 2.0  # a code whose EMA count falls below this is dead
+    revival: Literal["batch", "none"] = "batch"  # dead codes are replaced by vectors of the `batch`, or stay (`none`)
     # `first` as published (the residual handed on is the straight-through value, so only the first level's commitment
     # reaches the encoder) or `all` levels.
     commitment: Literal["first", "all"] = "first"
@@ -356,12 +357,48 @@ class DiscriminatorConfig:
     """Multi-period and multi-scale STFT discriminators of the adversarial stage (report section 2.1)."""
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
-    period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)
+    period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)  # of its layers; all but the last have stride 3
     stft_sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     stft_channels: int = 32
 
     def __post_init__(self) -> None:
-        require(min(self.periods + self.stft_sizes + self.period_channels) > 0, "discriminator", "positive sizes", self)
+        sizes = (*self.periods, *self.stft_sizes, *self.period_channels, self.stft_channels)
+        require(min(sizes) > 0 and bool(self.period_channels), "discriminator", "positive sizes", self)
+        require(bool(self.periods + self.stft_sizes), "discriminator", "at least one discriminator", self)
+        for name in ("periods", "stft_sizes"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"discriminator.{name}", "different numbers", values)
+        require(all(n % 4 == 0 for n in self.stft_sizes), "discriminator.stft_sizes", "multiples of 4", self.stft_sizes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the discriminators, in order."""
+        return *(f"period_{p}" for p in self.periods), *(f"stft_{n}" for n in self.stft_sizes)
+
+    def _layers(self) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
+        """(places for each sample, weights) of the layers of one of each kind; the last ones score."""
+        places, inputs, period = 1.0, 1, []
+        for i, n in enumerate(self.period_channels):
+            places /= 3 if i < len(self.period_channels) - 1 else 1
+            period.append((places, 5 * inputs * n))
+            inputs = n
+        period.append((places, 3 * inputs))
+        c = self.stft_channels  # an STFT has 2 places for each sample: hops of a quarter, half as many frequencies
+        stft = [(2.0, 27 * 2 * c), *((2.0 / 2**i, 27 * c * c) for i in (1, 2, 3)), (0.25, 9 * c * c), (0.25, 9 * c)]
+        return period, stft
+
+    def num_params(self) -> int:
+        """Parameters of all discriminators."""
+        period, stft = self._layers()
+        of_period = sum(w for _, w in period) + sum(self.period_channels) + 1
+        of_stft = sum(w for _, w in stft) + 5 * self.stft_channels + 1
+        return len(self.periods) * of_period + len(self.stft_sizes) * of_stft
+
+    def flops_per_sample(self) -> float:
+        """Forward FLOPs of all discriminators for one sample of a wave."""
+        period, stft = self._layers()
+        one, other = (sum(2.0 * places * weights for places, weights in layers) for layers in (period, stft))
+        return len(self.periods) * one + len(self.stft_sizes) * other
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -622,6 +659,7 @@ class AudioDataConfig(Checked):
     row_codes: int  # RVQ frames M of a row (25 per second)
     row_text: int  # text tokens U of a row
     max_seconds: float = 30.0  # longer recordings are cropped at random, and a cropped one has no A2T target
+    samples: int = 4  # clips whose reconstruction is written at each validation, to listen to
     block_documents: int = 1024  # utterances that are permuted and packed together
 
     _group = "data."
@@ -629,7 +667,7 @@ class AudioDataConfig(Checked):
     def __post_init__(self) -> None:
         self._positive("rows")
         self._require(self.row_codes > 1, "row_codes", "at least 2 RVQ frames")
-        self._not_negative("row_text")
+        self._not_negative("row_text", "samples")
         self._require(self.max_seconds > 0, "max_seconds", "a positive number of seconds")
 
 
@@ -638,16 +676,37 @@ class AudioDataConfig(Checked):
 
 
 @dataclass(frozen=True)
-class TokenizerLossConfig:
-    """Stage 1 of the tokenizer: 10 A2T + 1 reconstruction + 1 commitment. What the report leaves open is named here."""
+class MelLossConfig:
+    """The reconstruction loss of both stages of the tokenizer. What the report leaves open is named here."""
+
+    mel_weight: float = 1.0
+    mel_scale: Literal["log", "linear"] = "log"  # `log` or `linear` magnitudes
+    mel_reduction: Literal["mean", "sum"] = "mean"  # `mean` or `sum` over bins (always a mean over frames)
+
+
+@dataclass(frozen=True)
+class TokenizerLossConfig(MelLossConfig):
+    """Stage 1 of the tokenizer: 10 A2T + 1 reconstruction + 1 commitment."""
 
     a2t_weight: float = 10.0
-    mel_weight: float = 1.0
     commitment_weight: float = 1.0
-    mel_scale: Literal["log", "linear"] = "log"  # `log` or `linear` magnitudes in the reconstruction loss
-    mel_reduction: Literal["mean", "sum"] = "mean"  # `mean` or `sum` over bins (always a mean over frames)
     # `mean` over text tokens, or `sum` over the tokens of an utterance, as the report's equation has it.
     a2t_reduction: Literal["mean", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class AdversarialLossConfig(MelLossConfig):
+    """Stage 2 of the tokenizer: 1 reconstruction + 1 adversarial + 2 feature matching."""
+
+    adversarial_weight: float = 1.0
+    feature_weight: float = 2.0
+    # `none` adds the terms as the report has it; with `gradients` the weights are those of the norms of their
+    # gradients, where all terms meet (log magnitudes and phases of the vocoder).
+    balance: Literal["none", "gradients"] = "none"
+
+    def __post_init__(self) -> None:
+        balanced = self.balance == "gradients"
+        require(self.mel_weight > 0 or not balanced, "loss.mel_weight", "a positive number to balance by", 0.0)
 
 
 def _settle_length(job: Any) -> None:
@@ -687,7 +746,10 @@ class TokenizerTrainConfig(_AudioTraining):
 
 @dataclass(frozen=True)
 class AdversarialTrainConfig(_AudioTraining):
-    """Tokenizer stage 2: decoder and vocoder against the discriminators, from a stage-1 checkpoint."""
+    """Tokenizer stage 2: decoder and vocoder against the discriminators, from a stage-1 checkpoint.
+
+    `init_from`: run or checkpoint with the audio tokenizer; one of this stage gives its discriminators too.
+    """
 
     model: AudioTokenizerConfig
     discriminator: DiscriminatorConfig
@@ -696,13 +758,18 @@ class AdversarialTrainConfig(_AudioTraining):
     learning_rate: float
     discriminator_learning_rate: float
     init_from: str
-    mel_weight: float = 1.0
-    adversarial_weight: float = 1.0
-    feature_weight: float = 2.0
+    loss: AdversarialLossConfig = AdversarialLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(b1=0.8, b2=0.99)
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     job: Literal["tokenizer_adversarial"] = "tokenizer_adversarial"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.data.row_text == 0, "data.row_text", "0: this stage reads no text", self.data.row_text)
+        require(self.init_from != "", "init_from", "the run of stage 1 to go on from", "")
+        for name in ("learning_rate", "discriminator_learning_rate"):
+            require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimo_jax.config import ConfigError, LMModelConfig, LMTrainConfig, TokenizerModelConfig, TokenizerTrainConfig
+from mimo_jax.config import (
+    AdversarialTrainConfig,
+    ConfigError,
+    LMModelConfig,
+    LMTrainConfig,
+    TokenizerModelConfig,
+    TokenizerTrainConfig,
+)
 
 if TYPE_CHECKING:
     from mimo_jax.generation.app import SpeechModel
@@ -18,7 +25,7 @@ SPEECH_GROUPS = ("patch_encoder", "patch_decoder")
 
 
 def load_codec(checkpoint: str | os.PathLike[str], step: int | None = None, **options: Any) -> Codec:
-    """The audio tokenizer of a tokenizer run, or a converted one.
+    """The audio tokenizer of a tokenizer run of either stage, or a converted one.
 
     Args:
         step: step to load, the newest intact one by default.
@@ -32,7 +39,7 @@ def load_codec(checkpoint: str | os.PathLike[str], step: int | None = None, **op
     from mimo_jax.training.checkpoint import load_params
 
     config, variables, _ = load_params(checkpoint, step)
-    if not isinstance(config, TokenizerTrainConfig | TokenizerModelConfig):
+    if not isinstance(config, TokenizerTrainConfig | AdversarialTrainConfig | TokenizerModelConfig):
         raise ConfigError(f"{checkpoint}: expected the checkpoint of an audio tokenizer, got one of job {config.job}")
     return Codec(config.model, variables["params"]["audio_tokenizer"], variables["codebook"], config.compute, **options)
 

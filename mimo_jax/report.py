@@ -17,12 +17,11 @@ from typing import Any, Literal
 import numpy as np
 
 from mimo_jax.atomic import atomic_write
-from mimo_jax.audio.features import hann_window, mel_filterbank
-from mimo_jax.config import MelConfig
+from mimo_jax.audio.pictures import INK, spectrograms
 
 # Colours that stay apart for readers who see red and green alike (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6000", "#666666", "#882255")
-_INK, _GRID = "#1c2430", "#e3e7ee"
+_GRID = "#e3e7ee"
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def level_chart(
     width = 0.8 / len(values)
     for i, (label, heights) in enumerate(values):
         axes.bar(positions + (i - (len(values) - 1) / 2) * width, heights, width, label=label, color=COLOURS[i])
-    axes.hlines(sizes, positions - 0.45, positions + 0.45, color=_INK, linewidth=1.2, label="codebook size")
+    axes.hlines(sizes, positions - 0.45, positions + 0.45, color=INK, linewidth=1.2, label="codebook size")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.8)
     axes.set_xticks(positions, [str(i + 1) for i in positions])
@@ -211,29 +210,8 @@ def interval_chart(
 
 
 def spectrogram(wav: np.ndarray, sample_rate: int) -> str:
-    """Log-mel spectrogram (100 Hz, 128 bands, 80 dB range) of float [S], as a PNG data URL."""
-    from matplotlib.figure import Figure as Canvas
-
-    n_fft, hop = sample_rate // 25, sample_rate // 100
-    config = MelConfig(sample_rate=sample_rate, n_fft=n_fft, win_length=n_fft, hop_length=hop)
-    padded = np.pad(np.asarray(wav, np.float32), (n_fft // 2, n_fft))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop][: len(wav) // hop + 1]
-    magnitude = np.abs(np.fft.rfft(frames * hann_window(n_fft), axis=1)) @ mel_filterbank(config)
-    decibels = 20.0 * np.log10(np.maximum(magnitude, 1e-7))
-    top = max(float(decibels.max()), -60.0)
-    canvas = Canvas(figsize=(4.6, 1.9), dpi=130, layout="constrained")
-    axes = canvas.add_subplot()
-    extent = (0.0, len(wav) / sample_rate, 0.0, 1.0)
-    axes.imshow(decibels.T, origin="lower", aspect="auto", cmap="magma", vmin=top - 80.0, vmax=top, extent=extent)
-    kilohertz = [k for k in (0, 0.5, 1, 2, 4, 8, 12) if k <= sample_rate / 2000]
-    mel_top = np.log10(1.0 + sample_rate / 2 / 700.0)
-    axes.set_yticks([np.log10(1.0 + 1000.0 * k / 700.0) / mel_top for k in kilohertz], [f"{k:g}" for k in kilohertz])
-    axes.tick_params(labelsize=8, length=2, colors=_INK)
-    axes.set_xlabel("seconds", fontsize=8, color=_INK)
-    axes.set_ylabel("kHz", fontsize=8, color=_INK)
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png")
-    return _data_url("image/png", buffer.getvalue())
+    """Log-mel spectrogram of float [S], as a PNG data URL."""
+    return _data_url("image/png", spectrograms({"": wav}, sample_rate))
 
 
 def _axes(title: str, width: float, height: float) -> tuple[Any, Any]:
@@ -241,12 +219,12 @@ def _axes(title: str, width: float, height: float) -> tuple[Any, Any]:
 
     canvas = Canvas(figsize=(width, height), layout="constrained")
     axes = canvas.add_subplot()
-    axes.set_title(title, fontsize=10, color=_INK, loc="left", fontweight="bold")
+    axes.set_title(title, fontsize=10, color=INK, loc="left", fontweight="bold")
     axes.grid(True, axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#aab2bf")
-    axes.tick_params(labelsize=8, colors=_INK, length=3)
+    axes.tick_params(labelsize=8, colors=INK, length=3)
     axes.xaxis.label.set_fontsize(8)
     axes.yaxis.label.set_fontsize(8)
     return canvas, axes

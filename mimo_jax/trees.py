@@ -25,3 +25,13 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(key, {})
         place[name] = leaf
     return tree
+
+
+def part(tree: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """What `tree` has at the places that `like` has."""
+    return {key: part(tree[key], x) if isinstance(x, Mapping) else tree[key] for key, x in like.items()}
+
+
+def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with the leaves of `other`, which has some of its places."""
+    return {**tree, **{key: merge(tree[key], x) if isinstance(x, Mapping) else x for key, x in other.items()}}

@@ -28,9 +28,6 @@ from mimo_jax.xla_flags import set_flags
 
 def run_train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    if isinstance(config, AdversarialTrainConfig):
-        stage = "the adversarial stage of the audio tokenizer, which this version does not train"
-        raise ConfigError(f"--config={options.config}: this describes {stage}")
     if not options.no_xla_flags:
         set_flags(os.environ, tensor=config.mesh.tensor != 1)
     import jax
@@ -54,6 +51,10 @@ def run_train(options: argparse.Namespace) -> None:
                 from mimo_jax.training.language_model import train_language_model
 
                 train_language_model(config, options.workdir)
+            elif isinstance(config, AdversarialTrainConfig):
+                from mimo_jax.training.tokenizer_adversarial import train_adversarial
+
+                train_adversarial(config, options.workdir)
             else:
                 from mimo_jax.training.tokenizer import train_tokenizer
 
@@ -215,6 +216,11 @@ def derived_figures(config: TrainingConfig) -> dict[str, int | float]:
     figures: dict[str, int | float] = {"parameters": tokenizer.num_params()}
     if isinstance(config, TokenizerTrainConfig):
         figures["parameters, A2T text decoder"] = config.a2t.num_params(tokenizer.encoder.d_model)
+    else:
+        figures["parameters, discriminators"] = config.discriminator.num_params()
+        figures["FLOPs of the discriminators per second of audio, forward"] = (
+            config.discriminator.flops_per_sample() * tokenizer.mel.sample_rate
+        )
     channels = 8  # of the RVQ levels, the language model reads these
     return {
         **figures,
@@ -474,6 +480,38 @@ def run_convert(options: argparse.Namespace) -> None:
     print(f"{options.out}: {done.tensors:,} tensors, {done.nbytes / 1e6:,.1f} MB")
 
 
+def run_eval_probe(options: argparse.Namespace) -> None:
+    from mimo_jax.evals.probes import Settings, phone_side, run_probes, word_side
+    from mimo_jax.loading import load_codec
+
+    _check_least(options, levels=1, context=0, parts=1)
+    runs, against = options.audio_tokenizer, options.against
+    if against and len(against) != len(runs):
+        raise ConfigError(f"--against: expected as many runs as --audio-tokenizer ({len(runs)}), got {len(against)}")
+    if (options.task == "phones") != bool(options.phones):
+        raise ConfigError("--phones: expected the file of phone labels with `phones`, and none with `words`")
+    settings = Settings(
+        options.task, options.features, options.levels, options.context, options.parts, options.keep_silence
+    )
+
+    def side(manifest: str) -> Any:
+        if options.task == "words":
+            return word_side(manifest)
+        return phone_side(manifest, options.phones, options.keep_silence)
+
+    meters: dict[str, Meter] = {}
+
+    def progress(run: str, done: int, total: int) -> None:
+        meter = meters.setdefault(run, Meter(total, lambda n, _: f"{run}: {n:.0f} of {total} recordings encoded"))
+        meter.step()
+
+    sides = side(options.train), side(options.test)
+    report = run_probes(settings, *sides, runs, against, lambda run: load_codec(run, options.step), progress)
+    if options.out:
+        atomic_write(options.out, (json.dumps(report.to_json(), indent=1) + "\n").encode())
+    print(report)
+
+
 def run_parity(options: argparse.Namespace) -> bool:
     """Prints the table row by row; True if an array failed."""
     from mimo_jax.parity import harness
@@ -505,9 +543,41 @@ def run_prepare_debian(options: argparse.Namespace) -> None:
         languages=options.language or ASTERISK_LANGUAGES,
         festvox=not options.no_festvox,
         min_characters=options.min_characters,
-        progress=lambda line: print(line, file=sys.stderr),
+        hold_out=options.hold_out,
+        progress=_say_progress,
     )
+    _say_prepared(summary)
+
+
+def run_prepare_synthetic(options: argparse.Namespace) -> None:
+    from mimo_jax.corpora.synthetic import QUICKSTART_VOICES, build_corpus
+
+    voices = options.voices or QUICKSTART_VOICES
+    given = {"minutes": options.minutes, "voices": voices, "hold_out": options.hold_out}
+    _say_prepared(build_corpus(options.out, **given, progress=_say_progress))
+
+
+def run_prepare_words(options: argparse.Namespace) -> None:
+    from mimo_jax.audio.synth import VOICES
+    from mimo_jax.corpora.words import build_words
+
+    given = {"minutes": options.minutes, "hold_out": options.hold_out, "seed": options.seed}
+    _say_prepared(build_words(options.out, voices=options.voices or tuple(VOICES), **given, progress=_say_progress))
+
+
+def run_prepare_join(options: argparse.Namespace) -> None:
+    from mimo_jax.corpora.manifest import join_manifests
+
+    clips, seconds = join_manifests(options.manifests, options.out)
+    print(f"{options.out}: {clips:,} clips, {seconds / 60:.1f} minutes")
+
+
+def _say_progress(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _say_prepared(summary: Any) -> None:
     for line in summary.skipped:
         print(f"left out: {line}", file=sys.stderr)
-    for path, clips, seconds in zip((summary.train, summary.validation), summary.clips, summary.seconds, strict=True):
+    for path, clips, seconds in zip(summary.manifests, summary.clips, summary.seconds, strict=True):
         print(f"{path}: {clips:,} clips, {seconds / 60:.1f} minutes")

@@ -63,7 +63,8 @@ def test_every_verb_has_a_help_page(capsys):
         "plan",
         "data ingest", "data ingest-text", "data index", "data show",
         "codec encode", "text-tokenizer train", *(f"generate {task}" for task in TASKS), "codec decode", "convert",
-        "eval reconstruction", "parity", "quickstart", "prepare debian",
+        "eval probe", "eval reconstruction", "parity", "quickstart",
+        *(f"prepare {corpus}" for corpus in ("debian", "synthetic", "words", "join")),
     }  # fmt: skip
     for words in [[], *all_verbs()]:
         with pytest.raises(SystemExit) as stop:
@@ -122,10 +123,10 @@ def test_expected_errors_are_one_line_and_status_2(capsys, tmp_path):
     )
 
 
-def test_the_adversarial_stage_is_refused_by_name(capsys, tmp_path):
+def test_the_adversarial_stage_wants_a_first_stage(capsys, tmp_path):
     spec = f"{CONFIGS / 'tokenizer_adversarial.py'}:tiny"
-    line = error_of(capsys, "train", "--config", spec, "--workdir", tmp_path / "run")
-    assert "adversarial stage of the audio tokenizer" in line and not (tmp_path / "run").exists()
+    line = error_of(capsys, "train", "--config", spec, "--workdir", tmp_path / "run", "--config.init_from=")
+    assert "init_from: expected the run of stage 1" in line and not (tmp_path / "run").exists()
     assert run("config", "show", "--config", spec) == 0
 
 

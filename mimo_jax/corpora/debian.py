@@ -10,7 +10,11 @@
 
 Left out: prompts whose transcript says anything in brackets (tones, effects, silences, remarks to the reader), prompts
 without a sound file, and clips that cannot be decoded; all are counted. One text in twenty is held out, chosen by its
-hash, so that prompts of equal wording are on the same side.
+hash, so that prompts of equal wording are on the same side. Speakers can be held out: all they say is then in
+`held-out-voices.jsonl` alone.
+
+The phone labels of festvox-ru are written to `phones.jsonl`: lines as those of a manifest, of all its recordings on any
+side, whose `segments` are phones (`pau` is silence). A manifest has room for one kind of segments, its words.
 """
 
 from __future__ import annotations
@@ -24,7 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.audio.files import AudioError, load_audio
-from mimo_jax.corpora.manifest import CorpusSummary, write_clip, write_manifests
+from mimo_jax.corpora.manifest import (
+    CorpusError,
+    CorpusSummary,
+    training_speakers,
+    write_clip,
+    write_lines,
+    write_manifests,
+)
 
 ASTERISK_LANGUAGES = ("en", "es", "fr", "it", "ru")
 _LANGUAGE_NAMES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
@@ -45,6 +56,7 @@ class Recording:
     language: str
     speaker: str
     person: str
+    labels: Path | None = None  # phone labels, if there are any
 
 
 def prepare_debian(
@@ -54,17 +66,20 @@ def prepare_debian(
     languages: Sequence[str] = ASTERISK_LANGUAGES,
     festvox: bool = True,
     min_characters: int = 1,
+    hold_out: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> CorpusSummary:
-    """Writes WAV files, `train.jsonl` and `validation.jsonl` of the packages that are installed.
+    """Writes WAV files and manifests of the packages that are installed, and `phones.jsonl` if festvox-ru is.
 
     Args:
         root: where the packages are installed, or unpacked with `dpkg-deb -x`.
         min_characters: shorter transcripts are left out (many prompts are single words).
+        hold_out: speakers that go to `held-out-voices.jsonl`.
 
     Raises:
         FileNotFoundError: none of the packages is installed (the message says how to install them).
         AudioError: PyAV, which decodes G.722, is not installed.
+        CorpusError: a speaker to hold out is not there, or a file of labels is wrong.
     """
     folder, root = Path(folder), Path(root)
     recordings: list[Recording] = []
@@ -76,10 +91,14 @@ def prepare_debian(
     if not recordings:
         packages = " ".join(f"asterisk-core-sounds-{x} asterisk-core-sounds-{x}-g722" for x in languages)
         raise FileNotFoundError(f"{root}: none of the packages is installed: apt-get install {packages} festvox-ru")
+    speakers = {r.speaker for r in recordings}
+    training_speakers(speakers, hold_out, speakers)
     if any(r.path.suffix == ".g722" for r in recordings):
         _require_av()
     train: list[dict[str, Any]] = []
     validation: list[dict[str, Any]] = []
+    voices: list[dict[str, Any]] = []
+    phones: list[dict[str, Any]] = []
     for i, recording in enumerate(recordings):
         if len(recording.text) < min_characters:
             skipped.append(f"{recording.path}: transcript shorter than {min_characters} characters")
@@ -100,10 +119,40 @@ def prepare_debian(
             caption=f"A {recording.person} speaks {_LANGUAGE_NAMES[recording.language[:2]]}.",
         )
         digest = hashlib.sha256(recording.text.encode()).digest()
-        (validation if int.from_bytes(digest[:4]) % _VALIDATION_SHARE == 0 else train).append(clip)
+        held_out = int.from_bytes(digest[:4]) % _VALIDATION_SHARE == 0
+        (voices if recording.speaker in hold_out else validation if held_out else train).append(clip)
+        if recording.labels is not None:
+            phones.append({"audio": clip["audio"], "segments": phone_labels(recording.labels, clip["duration"])})
         if (i + 1) % 500 == 0:
             progress(f"{i + 1} of {len(recordings)} recordings")
-    return write_manifests(folder, train, validation, skipped)
+    if phones:
+        write_lines(folder / "phones.jsonl", phones)
+    return write_manifests(folder, train, validation, skipped, voices)
+
+
+def phone_labels(path: Path, duration: float) -> list[dict[str, Any]]:
+    """Phones of a label file of Festival: a header up to a line `#`, then lines `END_SECONDS COLOUR PHONE`.
+
+    Each phone begins where the one before ends. `duration` is the clip's, in seconds; nothing lasts longer.
+    """
+    phones: list[dict[str, Any]] = []
+    start, body = 0.0, False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not body or not line.strip():
+            body = body or line.strip() == "#"
+            continue
+        try:
+            end_text, _, phone = line.split()
+            end = float(end_text)
+        except ValueError:
+            raise CorpusError(f"{path}:{number}: expected END_SECONDS COLOUR PHONE, got {line[:60]!r}") from None
+        if not start <= end < 1e9:
+            raise CorpusError(f"{path}:{number}: expected a time not before {start}, got {end_text}")
+        end = min(end, duration)
+        if end > start:
+            phones.append({"start": round(start, 4), "end": round(end, 4), "text": phone})
+            start = end
+    return phones
 
 
 def asterisk_recordings(root: Path, language: str, skipped: list[str]) -> Iterator[Recording]:
@@ -144,7 +193,9 @@ def festvox_recordings(root: Path, skipped: list[str]) -> Iterator[Recording]:
         path = folder / "wav" / f"{match[1]}.wav"
         if path.is_file():
             text = " ".join(match[2].replace("+", "").split())
-            yield Recording(path, match[1], text, "ru-RU", "festvox-nsh", "man")
+            labels = folder / "lab" / f"{match[1]}.lab"
+            found = labels if labels.is_file() else None
+            yield Recording(path, match[1], text, "ru-RU", "festvox-nsh", "man", found)
         else:
             skipped.append(f"{path}: no such sound file (package festvox-ru)")
 

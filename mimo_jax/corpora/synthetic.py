@@ -1,7 +1,8 @@
 """The quickstart's corpus: sentences spoken by espeak-ng in several voices, recorded speech, and text.
 
-The folder it writes holds `audio/*.wav`, `train.jsonl`, `validation.jsonl` (held-out sentences, the same voices) and
-the text corpora `train.txt`, `validation.txt` (one text a line). The same arguments give the same files.
+The folder it writes holds `audio/*.wav`, `train.jsonl`, `validation.jsonl` (held-out sentences, the same voices), the
+text corpora `train.txt`, `validation.txt` (one text a line) and, if voices are held out, `held-out-voices.jsonl` (the
+held-out sentences by each of these voices). The same arguments give the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from mimo_jax.atomic import atomic_write
 from mimo_jax.audio.files import AudioError, load_audio, resample
 from mimo_jax.audio.synth import VOICES, Synthesizer, Utterance
-from mimo_jax.corpora.manifest import CorpusSummary, write_clip, write_manifests
+from mimo_jax.corpora.manifest import CorpusSummary, training_speakers, write_clip, write_manifests
 from mimo_jax.data.manifest import Manifest
 
 QUICKSTART_VOICES = ("default", "reed", "m3", "f2", "f4", "f5")
@@ -67,6 +68,8 @@ def build_corpus(
     validation_sentences: int = 40,
     recorded: Iterable[str | Path] = (),
     audio: Iterable[str | Path] = (),
+    voices: Sequence[str] = QUICKSTART_VOICES,
+    hold_out: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> CorpusSummary:
     """Builds the corpus.
@@ -77,8 +80,11 @@ def build_corpus(
         recorded: manifests of recorded speech to include (missing ones are skipped); every fifth clip is held out.
         audio: folders with recordings of the user, any format that is read; the transcript of `x.wav` is `x.txt` beside
             it, if there is one. Every tenth recording is held out.
+        voices: keys of `VOICES` that speak.
+        hold_out: those among all `VOICES` that speak only the held-out sentences, in a manifest of their own.
 
     Raises:
+        CorpusError: a voice does not exist, or none is left.
         SynthError: speech cannot be synthesised.
         AudioError: a folder of `audio` is missing or holds no recording.
         ValueError: fewer sentences than are to be held out.
@@ -87,11 +93,15 @@ def build_corpus(
     spoken = list(shipped_lines("sentences.txt") if sentences is None else sentences)
     if not 0 < validation_sentences < len(spoken):
         raise ValueError(f"validation_sentences: expected 1..{len(spoken) - 1}, got {validation_sentences}")
+    learnt_voices = training_speakers(voices, hold_out, VOICES)
     random.Random("split 0").shuffle(spoken)
     held_out, learnt = spoken[:validation_sentences], spoken[validation_sentences:]
 
-    train = _speak(folder, "t", learnt, minutes * 60.0, progress)
-    validation = _speak(folder, "v", held_out, None, progress)
+    train = _speak(folder, "t", learnt, learnt_voices, minutes * 60.0, progress)
+    validation = _speak(folder, "v", held_out, learnt_voices, None, progress)
+    unknown = [
+        clip for v in dict.fromkeys(hold_out) for clip in _speak(folder, f"h-{v}-", held_out, [v], None, progress)
+    ]
     skipped: list[str] = []
     for kind, lines, every in (
         ("recorded", _recordings_of_manifests(recorded), 5),
@@ -115,11 +125,16 @@ def build_corpus(
     split = len(documents) // 10
     _write_lines(folder / "validation.txt", [*documents[:split], *held_out])
     _write_lines(folder / "train.txt", [*documents[split:], *learnt])
-    return write_manifests(folder, train, validation, skipped)
+    return write_manifests(folder, train, validation, skipped, unknown)
 
 
 def _speak(
-    folder: Path, prefix: str, sentences: Sequence[str], seconds: float | None, progress: Callable[[str], None]
+    folder: Path,
+    prefix: str,
+    sentences: Sequence[str],
+    voices: Sequence[str],
+    seconds: float | None,
+    progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Speaks all sentences once (`seconds` None), or goes on through them until there is as much speech."""
     draw = random.Random(f"{prefix} 0")
@@ -132,26 +147,39 @@ def _speak(
             spoken += len(chosen)
             pace = draw.choice(["", "", "slowly", "quickly"])
             pitch = draw.choice(["", "", "low", "high"])
-            voice = QUICKSTART_VOICES[(len(clips) + turn) % len(QUICKSTART_VOICES)]
+            voice = voices[(len(clips) + turn) % len(voices)]
             said = " ".join(chosen)
-            speech = synthesizer.speak(Utterance(said, voice, _RATES[pace], _PITCHES[pitch], seed=len(clips)))
-            clip = write_clip(
+            clip = speak_clip(
+                synthesizer,
+                Utterance(said, voice, _RATES[pace], _PITCHES[pitch], seed=len(clips)),
                 folder,
                 f"audio/{prefix}{len(clips):05d}-{voice}.wav",
-                resample(speech.wav, speech.sample_rate, SAMPLE_RATE),
-                SAMPLE_RATE,
-                text=" ".join(chosen),
-                language=VOICES[voice].language,
-                speaker=f"espeak-{voice}",
                 caption=caption(VOICES[voice].person, pace, pitch),
                 instruction=instruction(pace, pitch),
-                segments=[{"start": round(w.start, 4), "end": round(w.end, 4), "text": w.text} for w in speech.words],
             )
             clips.append(clip)
             total += clip["duration"]
             if len(clips) % 100 == 0:
                 progress(f"{len(clips)} clips, {total / 60:.1f} minutes")
     return clips
+
+
+def speak_clip(
+    synthesizer: Synthesizer, utterance: Utterance, folder: Path, name: str, **fields: Any
+) -> dict[str, Any]:
+    """Speaks an utterance into the WAV file `name` of the folder; its manifest line, with the times of its words."""
+    speech = synthesizer.speak(utterance)
+    return write_clip(
+        folder,
+        name,
+        resample(speech.wav, speech.sample_rate, SAMPLE_RATE),
+        SAMPLE_RATE,
+        text=utterance.text,
+        language=VOICES[utterance.voice].language,
+        speaker=f"espeak-{utterance.voice}",
+        **fields,
+        segments=[{"start": round(w.start, 4), "end": round(w.end, 4), "text": w.text} for w in speech.words],
+    )
 
 
 def _recordings_of_manifests(manifests: Iterable[str | Path]) -> Iterable[tuple[Path, dict[str, Any]]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mimo_jax.audio.files import AudioError, audio_length, load_audio
 from mimo_jax.audio.packing import empty_row, num_codes, slot_codes, write_clip
-from mimo_jax.config import AudioTokenizerConfig, ConfigError, TokenizerTrainConfig
+from mimo_jax.config import AdversarialTrainConfig, AudioTokenizerConfig, ConfigError, TokenizerTrainConfig
 from mimo_jax.data import packing
 from mimo_jax.data.hashing import hash_arrays, hash_ints
 from mimo_jax.data.ingest import fault
@@ -92,7 +92,7 @@ class ClipSource:
                 expected = f"expected at least {shortest} samples at {rate} Hz, got {samples[i]}"
                 broken.add(i, f"{entry.audio}: too short: {expected}")
                 samples[i] = 0
-            text = entry.text or entry.caption
+            text = (entry.text or entry.caption) if row_text else ""
             if text and samples[i] <= self._longest:
                 tokens[i] = len(tokenizer.encode(text)) + 1  # and end of text
         tokens[tokens > row_text] = 0
@@ -172,7 +172,7 @@ def assemble_row(
 
 
 def tokenizer_loader(
-    cfg: TokenizerTrainConfig,
+    cfg: TokenizerTrainConfig | AdversarialTrainConfig,
     split: str = "train",
     tokenizer: Any = None,
     *,
@@ -185,7 +185,8 @@ def tokenizer_loader(
     Args:
         split: `train`: endless, in an order drawn anew each epoch; `validation`: the held-out manifest once, in an
             order that never changes.
-        tokenizer: text tokenizer; loaded from `cfg.data.text_tokenizer` when not given.
+        tokenizer: text tokenizer; loaded from `cfg.data.text_tokenizer` when not given. Rows without room for text
+            (`cfg.data.row_text` 0) need none.
         process_index, process_count: which part of each global batch to read; JAX's process by default.
         max_broken: share of the recordings that may turn out unusable; one always may.
 
@@ -198,9 +199,9 @@ def tokenizer_loader(
         raise DataError(f"split: expected train or validation, got {split!r}")
     train = split == "train"
     data, config = cfg.data, cfg.model
-    if tokenizer is None:
+    if tokenizer is None and data.row_text:
         tokenizer = load_text_tokenizer(data.text_tokenizer)
-    if tokenizer.vocab_size > cfg.a2t.vocab_size:
+    if tokenizer is not None and isinstance(cfg, TokenizerTrainConfig) and tokenizer.vocab_size > cfg.a2t.vocab_size:
         expected = f"at most {cfg.a2t.vocab_size} ids (a2t.vocab_size)"
         raise DataError(f"{data.text_tokenizer}: expected {expected}, got {tokenizer.vocab_size}")
     needed = slot_codes(int(data.max_seconds * config.mel.sample_rate), config)
@@ -214,7 +215,7 @@ def tokenizer_loader(
     source = ClipSource(manifest, config, tokenizer, data.max_seconds, data.row_text, broken)
     seed = cfg.run.seed if train else 0
     plan = RowPlan([source], (data.row_codes, data.row_text), data.block_documents, seed, one_pass=not train)
-    end_of_text = tokenizer.special["<|endoftext|>"]
+    end_of_text = 0 if tokenizer is None else tokenizer.special["<|endoftext|>"]
 
     def make_row(refs: list[DocumentRef]) -> TokenizerRows:
         clips, slots = [source.read(ref) for ref in refs], [source.slot(ref.record) for ref in refs]
@@ -224,7 +225,7 @@ def tokenizer_loader(
         "manifest": manifest.sha256[:16],
         # A manifest without durations has them read from the files, which may change under it.
         "samples": f"{int(np.bitwise_xor.reduce(hash_arrays(np.arange(len(manifest)), source.planned_samples))):016x}",
-        "text_tokenizer": tokenizer.fingerprint,
+        **({} if tokenizer is None else {"text_tokenizer": tokenizer.fingerprint}),
         "audio": [config.mel.sample_rate, config.mel.n_fft, config.samples_per_code],
         "rows": [data.rows, data.row_codes, data.row_text],
         "max_seconds": data.max_seconds,

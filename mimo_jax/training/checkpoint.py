@@ -53,7 +53,7 @@ _MAY_CHANGE = (
     r"mesh\..*",
     r"compute\.(remat|attention)",
     r"init_from",
-    r"data\.(manifest|text_tokenizer|validation.*|sources\.[^.]*\.path)",
+    r"data\.(manifest|text_tokenizer|validation.*|samples|sources\.[^.]*\.path)",
 )
 
 

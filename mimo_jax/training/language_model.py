@@ -79,7 +79,7 @@ def _train(cfg: LMTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
         channels = [means[f"channel/{r}/ce"] for r in range(cfg.model.num_channels)]
         return means | {"audio/ce": jnp.mean(jnp.stack(channels))}
 
-    def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+    def validate(step: int, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
         def one(state: TrainState, rows: LMRows) -> StepMetrics:
             return eval_step(state.params, rows, base)
 
@@ -254,7 +254,7 @@ def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
 
         (value, sums), gradients = loop.accumulate(micro_batch, rows, cfg.run.accumulation)
         updates_made = state.step - state.skipped
-        limits = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
+        limits: dict[str, Any] = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
         state, scalars = apply_gradients(state, gradients, value, optimizer, cfg.optimizer, **limits)
         scalars |= {f"learning_rate/{group}": rates[group] * factor(updates_made) for group in learning}
         return state, StepMetrics.make(sums, scalars, count_rows(rows, cfg.model.group_size))

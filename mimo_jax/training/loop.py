@@ -24,6 +24,7 @@ from mimo_jax.progress import clock
 from mimo_jax.sharding import BATCH_AXES, check_batch
 from mimo_jax.training import metrics as metrics_lib
 from mimo_jax.training.checkpoint import CheckpointStore, check_same_run, make_meta, read_meta
+from mimo_jax.training.health import Watch
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.signals import stop_signal, watchdog
 from mimo_jax.training.state import TrainState, Tree
@@ -43,6 +44,8 @@ class View:
     unit: str  # label of the throughput
     counter: str  # name of the counter that the throughput counts
     flops: Callable[[Mapping[str, float]], float]  # model FLOPs, forward and backward, of what the counters counted
+    # What is wrong, by name, from the metrics of a report: said when two reports in a row have it.
+    symptoms: Callable[[Mapping[str, float]], Mapping[str, str]] = lambda values: {}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ class Reporter:
     ) -> None:
         self.counters = dict(counters)
         self.waited = 0.0  # seconds the loop waited for data in this interval
-        self._writer, self._run, self._view = writer, config.run, view
+        self._writer, self._run, self._view, self._watch = writer, config.run, view, Watch()
         self._tokens_per_step, self._rows = config.tokens_per_step, config.data.rows
         self.bad_in_row = 0  # skipped steps up to the last one reported
         self._mark: float | None = None  # when the interval began; None until the first step is compiled
@@ -267,8 +270,12 @@ class Reporter:
             if self._peak is not None:
                 values["mfu"], values["mfu_peak"] = values["flops_per_second"] / self._peak, self._peak
         values |= {f"total/{name}": value for name, value in self.counters.items()}
+        warnings = self._watch.persistent(self._view.symptoms(values))
+        values |= {f"warning/{name}": 1.0 for name in warnings}
         self._writer.write(last, "train", values)
         self._writer.say(self._line(last, values))
+        for text in warnings.values():
+            self._writer.say(f"step {last}/{self._run.steps}  WARNING: {text}")
         self._mark, self._untimed, self.waited = now, 0, 0.0
 
         if self.bad_in_row < self._run.patience:
@@ -330,7 +337,7 @@ def train_loop(
     state: TrainState,
     train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
     loader: RowLoader,
-    validate: Callable[[TrainState, Callable[[], bool]], dict[str, float] | None],
+    validate: Callable[[int, TrainState, Callable[[], bool]], dict[str, float] | None],
     *,
     config: TrainingConfig,
     groups: list[str],
@@ -354,8 +361,8 @@ def train_loop(
     Args:
         state: new or restored; its buffers are donated.
         loader: positioned at the batch of step `state.step`.
-        validate: metrics of the validation set, or None if the function it is given says stop; run before the first
-            step, every `run.eval_every` steps and at the end.
+        validate: (step, state, function) -> metrics of the validation set, or None if the function says stop; run
+            before the first step, every `run.eval_every` steps and at the end.
         config: settings of the job, for the checkpoints; `run` is its part.
         groups: see `make_meta`.
         counters: totals at `state.step`.
@@ -382,7 +389,7 @@ def train_loop(
             return stop.requested()
 
         with reporter.pause():
-            values = validate(state, stopping)
+            values = validate(step, state, stopping)
             if values is None:
                 return None
             loss = values.get("loss", math.nan)

@@ -145,6 +145,33 @@ class MetricsWriter:
         scalars = [EventSummary.Value(tag=tag, simple_value=value) for tag, value in known.items()]
         self._events.add_event(Event(step=step, wall_time=time.time(), summary=EventSummary(value=scalars)))
 
+    def show(self, step: int, name: str, sounds: Mapping[str, np.ndarray], sample_rate: int, picture: bytes) -> None:
+        """Gives TensorBoard sounds, float waves [S_i] by title, and a PNG of them."""
+        if not self._active:
+            return
+        import io
+
+        import soundfile
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
+
+        values = []
+        for title, wav_S in sounds.items():
+            buffer = io.BytesIO()
+            soundfile.write(buffer, wav_S, sample_rate, format="WAV", subtype="PCM_16")
+            audio = EventSummary.Audio(
+                sample_rate=sample_rate,
+                num_channels=1,
+                length_frames=len(wav_S),
+                encoded_audio_string=buffer.getvalue(),
+                content_type="audio/wav",
+            )
+            values.append(EventSummary.Value(tag=f"{name}/{title}", audio=audio))
+        width, height = (int.from_bytes(picture[i : i + 4]) for i in (16, 20))  # of the header of a PNG
+        image = EventSummary.Image(height=height, width=width, colorspace=4, encoded_image_string=picture)
+        values.append(EventSummary.Value(tag=name, image=image))
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=EventSummary(value=values)))
+
     def say(self, line: str) -> None:
         """Prints a line."""
         if self._active:

@@ -17,10 +17,11 @@ import optax
 
 from mimo_jax.config import ConfigError, OptimizerConfig, TrainingConfig
 from mimo_jax.training.state import TrainState, Tree
+from mimo_jax.trees import merge, part
 
 _ROUNDING = 0x726F756E  # folded into the seed, so that no other random numbers of the run are these
-# Paths of the parameters that weight decay acts on.
-_DECAYED = re.compile(r"(.*/)?(kernel|head)|(llm|text_decoder)/embedding")
+# Paths of the parameters that weight decay acts on. Discriminators have none (report section 2.1).
+_DECAYED = re.compile(r"(?!discriminators/)(.*/)?(kernel|head)|(llm|text_decoder)/embedding")
 
 
 def schedule(config: OptimizerConfig, steps: int, tokens_per_step: int = 0, tokens: int = 0) -> Callable[[Any], Any]:
@@ -78,8 +79,8 @@ def trained(params: Tree, learning_rates: Mapping[str, float]) -> Tree:
 def decays(params: Tree) -> Tree:
     """Tree of bool: whether weight decay acts on a parameter.
 
-    It acts on matrices and on text embeddings; not on norms, biases and the embeddings of audio codes. Names decide,
-    not ranks: layers that are scanned stack their biases into matrices.
+    It acts on matrices and on text embeddings; not on norms, biases, the embeddings of audio codes and discriminators.
+    Names decide, not ranks: layers that are scanned stack their biases into matrices.
     """
 
     def matches(path: tuple[Any, ...], _: Any) -> bool:
@@ -233,7 +234,9 @@ def apply_gradients(
     *,
     max_bad_steps: int,
     codebook: Tree | None = None,
+    spectral: Tree | None = None,
     seed: int = 0,
+    players: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the trained groups, clipped to a global norm; a bad step leaves everything as it was.
 
@@ -242,13 +245,15 @@ def apply_gradients(
 
     Args:
         state: state before the step.
-        gradients: tree of the trained groups.
+        gradients: tree of the trained groups, or of the trained parts of groups.
         loss: scalar; with the norm of the gradient it decides whether the step counts.
         optimizer: from `make_optimizer`.
         config: clipping, spikes, rounding.
         max_bad_steps: after so many skipped steps in a row nothing is updated any more.
         codebook: the codebooks after this step, where the model has them.
+        spectral: the vectors of the power iterations after this step, where the model has them.
         seed: of the run; with the step it decides how numbers are rounded.
+        players: the groups play against each other: each one is clipped to the norm by itself.
 
     Returns:
         The new state, and scalars for the metrics: `loss`, `good`, `bad_in_row`, gradient and update norms (total and
@@ -262,9 +267,11 @@ def apply_gradients(
     applied = good & (state.bad_in_row < max_bad_steps)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ROUNDING), state.step)
 
-    clip = config.clip_norm / jnp.maximum(norm, config.clip_norm)
-    before = {group: state.params[group] for group in gradients}
-    clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), gradients)
+    before = part(state.params, gradients)
+    clipped = {}
+    for group, gradient in gradients.items():
+        clip = config.clip_norm / jnp.maximum(gradient_norms[group] if players else norm, config.clip_norm)
+        clipped[group] = jax.tree.map(lambda g, clip=clip: g * clip.astype(g.dtype), gradient)
     updates, moments = optimizer.update(clipped, state.optimizer, before, loss=loss, norm=norm, key=key)
     after = optax.apply_updates(before, updates)
     if config.stochastic_rounding:
@@ -280,8 +287,9 @@ def apply_gradients(
         step=state.step + 1,
         skipped=state.skipped + ~applied,
         bad_in_row=jnp.where(applied, 0, state.bad_in_row + 1),
-        params={**state.params, **choose(after, before)},
+        params=merge(state.params, choose(after, before)),
         codebook=state.codebook if codebook is None else choose(codebook, state.codebook),
+        spectral=state.spectral if spectral is None else choose(spectral, state.spectral),
         optimizer=choose(moments, state.optimizer),
     )
     scalars = {"loss": loss, "gradient_norm": norm}

@@ -23,21 +23,26 @@ class TrainState:
     bad_in_row: jax.Array
     params: Tree  # parameters; the names on the top level are the optimiser's groups
     codebook: Tree  # EMA codebooks of the audio tokenizer, `{}` for other models
-    optimizer: Tree  # state of the optimiser, of the trained groups only
+    optimizer: Tree  # state of the optimiser, of the trained groups only; of both optimisers in the adversarial stage
+    # Vectors of the power iterations of the discriminators; `{}` for other models.
+    spectral: Tree = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def start(cls, params: Tree, optimizer: Tree, codebook: Tree | None = None) -> TrainState:
+    def start(
+        cls, params: Tree, optimizer: Tree, codebook: Tree | None = None, spectral: Tree | None = None
+    ) -> TrainState:
         """The state before the first step."""
         step, skipped, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return cls(step, skipped, bad_in_row, params, {} if codebook is None else codebook, optimizer)
+        return cls(step, skipped, bad_in_row, params, codebook or {}, optimizer, spectral or {})
 
     def variables(self) -> dict[str, Tree]:
         """What inference needs: `params` and `codebook`."""
         return {"params": self.params, "codebook": self.codebook}
 
     def progress(self) -> dict[str, Tree]:
-        """What only going on with training needs: the optimiser's state and the counters."""
-        return {name: getattr(self, name) for name in ("step", "skipped", "bad_in_row", "optimizer")}
+        """What only going on with training needs: the optimiser's state, the counters, the power iterations."""
+        names = ("step", "skipped", "bad_in_row", "optimizer", *(["spectral"] if self.spectral else []))
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def join(cls, variables: dict[str, Tree], progress: dict[str, Tree]) -> TrainState:

@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mimo_jax.config import ConfigError, TokenizerTrainConfig
+from mimo_jax.config import AdversarialTrainConfig, ConfigError, TokenizerTrainConfig
 from mimo_jax.data.tokenizer_rows import tokenizer_loader
 from mimo_jax.models.tokenizer import rvq
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
@@ -26,8 +27,10 @@ from mimo_jax.sharding import batch_sharding, make_mesh, shardings, unboxed
 from mimo_jax.text.tokenizers import load_text_tokenizer
 from mimo_jax.training import loop, tokenizer_loss
 from mimo_jax.training.checkpoint import CheckpointStore
+from mimo_jax.training.health import codebook_symptoms
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, budget, make_optimizer, schedule
+from mimo_jax.training.samples import Samples, first_batch
 from mimo_jax.training.state import TrainState
 
 GROUPS = ("audio_tokenizer", "text_decoder")
@@ -48,7 +51,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, workdir: str | os.PathLike[str]) 
             _train(cfg, folder, mesh)
 
 
-def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> None:
+def _train(cfg: TokenizerTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -> None:
     run = cfg.run
     init_key, kmeans_key, _ = _keys(run.seed)
 
@@ -57,27 +60,12 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
     loader = tokenizer_loader(cfg, "train", text_tokenizer)
     validation = tokenizer_loader(cfg, "validation", text_tokenizer)
 
-    # Model and optimiser
-    model = AudioTokenizer(cfg.model, cfg.compute)
+    # Model, optimiser and update step, on the mesh
+    job = assemble(cfg, mesh)
+    model, placed = job.model, job.placed
     text_decoder = TextDecoder(cfg.a2t, cfg.model.encoder.d_model, cfg.compute)
-    optimizer = make_optimizer(cfg.optimizer, dict.fromkeys(GROUPS, cfg.learning_rate), *budget(cfg))
-
-    init = functools.partial(tokenizer_loss.init_variables, cfg.model, cfg.a2t, cfg.compute)
-
-    def start(key: jax.Array) -> TrainState:
-        variables = unboxed(init(key))
-        return TrainState.start(variables["params"], optimizer.init(variables["params"]), variables["codebook"])
-
-    # Shard
-    abstract = jax.eval_shape(start, init_key)
-    placed = loop.state_shardings(abstract, shardings(jax.eval_shape(init, init_key), mesh)["params"], mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-
     put = functools.partial(loop.to_devices, sharding=batch_sharding(mesh))
-
-    # Update step
-    step = make_train_step(cfg, model, text_decoder, optimizer)
-    train_step = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated))
 
     @jax.jit
     def eval_step(state: TrainState, rows: TokenizerRows) -> StepMetrics:
@@ -85,13 +73,15 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         return jax.lax.with_sharding_constraint(StepMetrics.make({"loss": sums}), replicated)
 
     describe = jax.jit(functools.partial(make_metrics, cfg))
+    samples = Samples(model, folder, cfg.data.samples, replicated)
 
-    def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-        return loop.evaluate(eval_step, state, validation, put, describe, run.eval_batches, stop)
+    def validate(step: int, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        batches = first_batch(validation, put, lambda rows: samples.write(step, state, rows, writer))
+        return loop.evaluate(eval_step, state, batches, put, describe, run.eval_batches, stop)
 
     # Restore
     store = CheckpointStore(folder, run.keep_checkpoints, run.keep_every_tokens, run.keep_best)
-    restored = loop.resume(store, abstract, placed, cfg, loader)
+    restored = loop.resume(store, job.abstract, placed, cfg, loader)
     if restored is not None:
         state, meta = restored
         counters = meta["counters"]
@@ -99,7 +89,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         writer.say(f"continuing from step {meta['step']}")
     else:
         writer = MetricsWriter(folder)
-        state, counters = jax.jit(start, out_shardings=placed)(init_key), {}
+        state, counters = jax.jit(job.start, out_shardings=placed)(init_key), {}
         position = loader.state()
         codebook = kmeans_start(cfg, model, state, put(next(loader)), kmeans_key)
         loader.restore(position)  # the first batch is used again, by the first step
@@ -113,7 +103,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
     try:
         loop.train_loop(
             state,
-            train_step,
+            job.update,
             loader,
             validate,
             config=cfg,
@@ -124,6 +114,7 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
                 unit="audio s",
                 counter="audio_seconds",
                 flops=lambda counters: train_flops(cfg, counters),
+                symptoms=functools.partial(codebook_symptoms, sizes=cfg.model.rvq.codebook_sizes),
             ),
             put=put,
             store=store,
@@ -135,6 +126,39 @@ def _train(cfg: TokenizerTrainConfig, folder: Any, mesh: jax.sharding.Mesh) -> N
         store.close()
         loader.close()
         validation.close()
+
+
+class TokenizerJob(NamedTuple):
+    """The parts of a job of either stage that need no devices to exist."""
+
+    model: AudioTokenizer
+    abstract: TrainState  # shapes of the state
+    placed: TrainState  # its shardings
+    start: Callable[..., TrainState]  # the state before the first step: of a random key, or (stage 2) of arrays
+    update: Any  # the jitted step (state, rows) -> (state, metrics), which donates the state
+
+
+def assemble(cfg: TokenizerTrainConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> TokenizerJob:
+    """Puts the parts of a job together; nothing is computed or compiled.
+
+    Raises:
+        ConfigError: settings do not fit the mesh.
+    """
+    model = AudioTokenizer(cfg.model, cfg.compute)
+    text_decoder = TextDecoder(cfg.a2t, cfg.model.encoder.d_model, cfg.compute)
+    optimizer = make_optimizer(cfg.optimizer, dict.fromkeys(GROUPS, cfg.learning_rate), *budget(cfg))
+    init = functools.partial(tokenizer_loss.init_variables, cfg.model, cfg.a2t, cfg.compute)
+
+    def start(key: jax.Array) -> TrainState:
+        variables = unboxed(init(key))
+        return TrainState.start(variables["params"], optimizer.init(variables["params"]), variables["codebook"])
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    abstract = jax.eval_shape(start, key)
+    placed = loop.state_shardings(abstract, shardings(jax.eval_shape(init, key), mesh)["params"], mesh)
+    step = make_train_step(cfg, model, text_decoder, optimizer)
+    update = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
+    return TokenizerJob(model, abstract, placed, start, update)
 
 
 def _keys(seed: int) -> jax.Array:
@@ -178,42 +202,53 @@ def kmeans_start(
 def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decoder: TextDecoder, optimizer: Any) -> Any:
     """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated."""
     factor = schedule(cfg.optimizer, *budget(cfg))
-    threshold = cfg.model.rvq.dead_code_threshold
 
     def step(state: TrainState, rows: TokenizerRows) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(_keys(cfg.run.seed)[2], state.step)
 
-        def loss(params: Any) -> Any:
-            return tokenizer_loss.tokenizer_loss(model, text_decoder, params, state.codebook, rows, cfg.loss, rng)
+        def loss(params: Any, taps: Any) -> Any:
+            return tokenizer_loss.tokenizer_loss(model, text_decoder, params, state.codebook, rows, cfg.loss, rng, taps)
 
-        (value, (sums, codebook)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        taps = tokenizer_loss.make_taps(cfg.model, rows, jnp.promote_types(cfg.compute.dtype, jnp.float32))
+        (value, (sums, codebook)), (gradients, at_taps) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            state.params, taps
+        )
         updates_made = state.step - state.skipped
-        limits = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
+        limits: dict[str, Any] = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
         state, scalars = apply_gradients(state, gradients, value, optimizer, cfg.optimizer, codebook=codebook, **limits)
         scalars["learning_rate"] = cfg.learning_rate * factor(updates_made)
-        # A code that was just replaced has this count to the last bit, others only by an unlikely chance.
-        revived_R = jnp.stack([jnp.sum(level["count"] == threshold) for _, level in sorted(codebook.items())])
-        metrics = {"loss": sums, "revived_R": revived_R, "steps": jnp.ones(())}
+        scalars |= tokenizer_loss.term_norms(at_taps)
+        metrics = {"loss": sums, "steps": jnp.ones(())}
         return state, StepMetrics.make(metrics, scalars, count_rows(cfg, rows))
 
     return step
 
 
 def make_metrics(cfg: TokenizerTrainConfig, sums: dict[str, Any]) -> dict[str, jax.Array]:
-    """Loss terms, and of each level share of used codes, perplexity, quantisation error, codes revived in a step."""
+    """Loss terms, and of each level share of used codes, perplexity, error, dead and revived codes a step."""
     losses = sums["loss"]
-    out = dict(tokenizer_loss.loss_terms(losses, cfg.loss))
-    usage_R, perplexity_R = rvq.usage_and_perplexity(losses.code_counts)
+    out = tokenizer_loss.loss_terms(losses, cfg.loss) | codebook_metrics(losses.code_counts)
     error_R = losses.commitment_R / jnp.maximum(losses.vectors_R, 1)
     for r in range(cfg.model.rvq.num_levels):
-        name = rvq.level_name(r).replace("_", "/")
-        out |= {f"{name}/usage": usage_R[r], f"{name}/perplexity": perplexity_R[r], f"{name}/error": error_R[r]}
-        if "revived_R" in sums:
-            out[f"{name}/revived"] = sums["revived_R"][r] / sums["steps"]
+        out[f"{_level(r)}/error"] = error_R[r]
+        if "steps" in sums:
+            dead = losses.dead_R[r] / sums["steps"]
+            out |= {f"{_level(r)}/dead": dead, f"{_level(r)}/revived": dead if rvq.revives(cfg.model.rvq) else 0 * dead}
     return out
 
 
-def count_rows(cfg: TokenizerTrainConfig, rows: TokenizerRows) -> dict[str, jax.Array]:
+def codebook_metrics(code_counts: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+    """`level/RR/usage`, the share of the entries that were chosen, and `level/RR/perplexity` of the codes."""
+    usage_R, perplexity_R = rvq.usage_and_perplexity(code_counts)
+    usage = {f"{_level(r)}/usage": usage_R[r] for r in range(len(code_counts))}
+    return usage | {f"{_level(r)}/perplexity": perplexity_R[r] for r in range(len(code_counts))}
+
+
+def _level(r: int) -> str:
+    return rvq.level_name(r).replace("_", "/")
+
+
+def count_rows(cfg: TokenizerTrainConfig | AdversarialTrainConfig, rows: TokenizerRows) -> dict[str, jax.Array]:
     """What a batch holds: clips, seconds and hours of audio, RVQ frames, text tokens."""
     frames = jnp.sum(rows.segment_ids_BT > 0, dtype=jnp.float32)
     seconds = frames * (cfg.model.mel.hop_length / cfg.model.mel.sample_rate)

@@ -8,6 +8,7 @@ one value, and sums of several batches give the loss of all of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.audio.features import LOG_FLOOR, MEL_SCALES, frame_mel, mel_scale_config
-from mimo_jax.config import A2TConfig, AudioTokenizerConfig, ComputeConfig, MelConfig, TokenizerLossConfig
+from mimo_jax.config import (
+    A2TConfig,
+    AudioTokenizerConfig,
+    ComputeConfig,
+    MelConfig,
+    MelLossConfig,
+    TokenizerLossConfig,
+)
 from mimo_jax.models.tokenizer import audio_tokenizer, rvq
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
 from mimo_jax.models.tokenizer.segments import same_segment, shift
@@ -36,6 +44,7 @@ class TokenizerLossSums(NamedTuple):
     commitment_R: jax.Array  # squared error, mean over the width, summed over vectors
     vectors_R: jax.Array
     code_counts: tuple[jax.Array, ...]  # for each level, how often each entry was chosen
+    dead_R: jax.Array  # entries that were found dead
 
 
 def loss_terms(sums: TokenizerLossSums, loss: TokenizerLossConfig) -> dict[str, jax.Array]:
@@ -60,6 +69,7 @@ def tokenizer_loss(
     rows: TokenizerRows,
     loss: TokenizerLossConfig,
     rng: jax.Array | None = None,
+    taps: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, tuple[TokenizerLossSums, rvq.Codebook]]:
     """Loss of a batch of packed rows, and (sums, codebook after the step).
 
@@ -68,14 +78,15 @@ def tokenizer_loss(
         params: {"audio_tokenizer": ..., "text_decoder": ...}.
         rng: random key of the step, for quantiser dropout and dead codes. None evaluates: all levels are used, and the
             codebook stays.
+        taps: from `make_taps`; see `term_norms`.
     """
     variables = {"params": params["audio_tokenizer"], "codebook": codebook}
-    out = model.apply(variables, rows, rng is not None, rng)
+    out = model.apply(variables, rows, rng is not None, rng, taps)
     a2t = dict.fromkeys(("a2t", "a2t_weight", "a2t_correct", "a2t_clips"), jnp.zeros((), out.squared_error_R.dtype))
     if rows.text_BU.shape[1] > 0:
         h_BUD = text_decoder.apply(
             {"params": params["text_decoder"]},
-            out.quantized_BMD,
+            out.quantized_BMD if taps is None else out.quantized_BMD + taps["text"],
             out.segment_ids_BM,
             rows.text_BU,
             rows.text_segment_ids_BU,
@@ -91,8 +102,27 @@ def tokenizer_loss(
         commitment_R=out.squared_error_R,
         vectors_R=out.vectors_R,
         code_counts=out.code_counts,
+        dead_R=out.dead_R,
     )
     return loss_terms(sums, loss)["loss"], (sums, out.codebook)
+
+
+def make_taps(config: AudioTokenizerConfig, rows: TokenizerRows, dtype: Any) -> dict[str, jax.Array]:
+    """Zeros [B, M, D] for the three places where the terms of the loss meet: see `term_norms`."""
+    batch, frames = rows.segment_ids_BT.shape
+    shape = (batch, frames // config.mel_frames_per_code, config.encoder.d_model)
+    return {name: jnp.zeros(shape, dtype) for name in ("input", "decoder", "text")}
+
+
+def term_norms(gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Norm of the gradient of each term, weight included, where all of them meet: at the quantiser.
+
+    Says which term moves the encoder, at no cost: the gradients with respect to the taps are computed anyway. What
+    arrives at the quantiser's input comes from the decoder, from the text decoder, and, the rest, from the commitment.
+    """
+    mel, a2t = gradients["decoder"], gradients["text"]
+    terms = {"mel": mel, "a2t": a2t, "commitment": gradients["input"] - mel - a2t}
+    return {f"term_norm/{name}": jnp.sqrt(jnp.sum(jnp.square(x))) for name, x in terms.items()}
 
 
 def _a2t_sums(cross_entropy_BU: jax.Array, correct_BU: jax.Array, rows: TokenizerRows) -> dict[str, jax.Array]:
@@ -108,7 +138,7 @@ def _a2t_sums(cross_entropy_BU: jax.Array, correct_BU: jax.Array, rows: Tokenize
 
 
 def mel_distance(
-    wav_BS: jax.Array, rows: TokenizerRows, config: AudioTokenizerConfig, loss: TokenizerLossConfig
+    wav_BS: jax.Array, rows: TokenizerRows, config: AudioTokenizerConfig, loss: MelLossConfig
 ) -> tuple[jax.Array, jax.Array]:
     """L1 distances of the mel spectrograms of reconstruction and truth, over frames that lie inside one clip.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mimo_jax.audio.files import AudioError, load_audio, save_wav
-from mimo_jax.corpora.debian import asterisk_recordings, festvox_recordings, prepare_debian
+from mimo_jax.corpora.debian import asterisk_recordings, festvox_recordings, phone_labels, prepare_debian
+from mimo_jax.corpora.manifest import CorpusError
 from mimo_jax.data.manifest import Manifest
 
 TRANSCRIPT = """; Core Asterisk Sounds in English
@@ -42,6 +44,8 @@ def root(tmp_path):
     lines = ['( ru_0001 "Она завела, прядь вол+ос." )', '( ru_0002 "Нет файла." )', "nonsense"]
     (voice / "etc/txt.done.data").write_text("\n".join(lines), encoding="utf-8")
     save_wav(voice / "wav/ru_0001.wav", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
+    (voice / "lab").mkdir()
+    (voice / "lab/ru_0001.lab").write_text("#\n0.34200 125 pau\n0.39200 125 a\n1.50000 125 n\n")
     return tmp_path
 
 
@@ -94,3 +98,38 @@ def test_missing_decoder_says_what_to_install_before_anything_is_written(root, t
     with pytest.raises(AudioError, match=r"pip install 'mimo-jax\[eval\]'"):
         prepare_debian(tmp_path / "out", root=root)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_held_out_speaker_is_on_no_other_side(root, tmp_path):
+    pytest.importorskip("av")
+    out = prepare_debian(tmp_path / "out", root=root, hold_out=["allison"])
+    assert out.voices is not None and [e.speaker for e in Manifest(out.voices)] == ["allison"] * 3
+    assert len(out.clips) == 3 and out.clips[2] == 3 and sum(out.clips[:2]) == 1
+    assert "allison" not in out.train.read_text() + out.validation.read_text()
+    again = prepare_debian(tmp_path / "out", root=root)  # a file of held-out voices does not outlive the holding out
+    assert again.voices is None and not out.voices.exists() and len(again.manifests) == 2
+
+
+def test_an_unknown_speaker_is_an_error_that_names_those_there_are(root, tmp_path):
+    with pytest.raises(CorpusError, match="speaker june: expected one of allison, festvox-nsh"):
+        prepare_debian(tmp_path / "out", root=root, hold_out=["june"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_phones_are_beside_the_manifests_by_the_name_of_the_recording(root, tmp_path):
+    pytest.importorskip("av")
+    out = prepare_debian(tmp_path / "out", root=root, languages=[])
+    phones = list(Manifest(out.folder / "phones.jsonl"))
+    assert [p.audio for p in phones] == [e.audio for m in out.manifests if m.stat().st_size for e in Manifest(m)]
+    times = [(s.start, s.end, s.text) for s in phones[0].segments]
+    assert times == [(0.0, 0.342, "pau"), (0.342, 0.392, "a"), (0.392, 1.0, "n")]  # none lasts longer than the clip
+
+
+def test_a_wrong_label_file_is_named_with_its_line(tmp_path):
+    path = Path(tmp_path / "x.lab")
+    path.write_text("separator ;\n#\n0.5 125 a\n0.4 125 b\n")
+    with pytest.raises(CorpusError, match=r"x.lab:4: expected a time not before 0.5, got 0.4"):
+        phone_labels(path, 2.0)
+    path.write_text("#\n0.5 a\n")
+    with pytest.raises(CorpusError, match=r"x.lab:2: expected END_SECONDS COLOUR PHONE, got '0.5 a'"):
+        phone_labels(path, 2.0)

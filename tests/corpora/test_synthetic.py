@@ -9,6 +9,7 @@ import pytest
 
 from mimo_jax.audio.files import AudioError, load_audio, save_wav
 from mimo_jax.corpora import synthetic
+from mimo_jax.corpora.manifest import CorpusError
 from mimo_jax.corpora.synthetic import build_corpus, caption, instruction, shipped_lines
 from mimo_jax.data.manifest import Manifest
 
@@ -121,3 +122,17 @@ def test_holding_out_everything_is_refused_before_anything_is_spoken(tmp_path):
     with pytest.raises(ValueError, match=r"validation_sentences: expected 1\.\.1, got 2"):
         build_corpus(tmp_path, sentences=["One sentence.", "Another one."], validation_sentences=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_held_out_voices_speak_held_out_sentences_only(tmp_path):
+    given = {"sentences": SENTENCES[:6], "minutes": 0.3, "validation_sentences": 2}
+    out = build_corpus(tmp_path, **given, hold_out=["klatt", "reed"])
+    assert out.voices is not None
+    voices = list(Manifest(out.voices))
+    assert {e.speaker for e in voices} == {"espeak-klatt", "espeak-reed"}
+    known = [*Manifest(out.train), *Manifest(out.validation)]
+    assert not {e.speaker for e in known} & {e.speaker for e in voices}
+    learnt = " ".join(e.text for e in Manifest(out.train))
+    assert not [e.text for e in voices if e.text in learnt]
+    with pytest.raises(CorpusError, match="speaker june: expected one of default, f2"):
+        build_corpus(tmp_path, **given, hold_out=["june"])

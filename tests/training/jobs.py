@@ -18,13 +18,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from data_pipeline.builders import ALL_LAYOUTS, WORDS, random_record, write_set, write_wavs
 
 from mimo_jax.config import (
     A2TConfig,
+    AdversarialTrainConfig,
     AudioDataConfig,
     AudioLMConfig,
     AudioTokenizerConfig,
+    DiscriminatorConfig,
     LayoutWeights,
     LearningRates,
     LMDataConfig,
@@ -36,6 +39,7 @@ from mimo_jax.config import (
     RVQConfig,
     SourceConfig,
     TokenizerTrainConfig,
+    TrainingConfig,
     TransformerConfig,
 )
 from mimo_jax.config_files import from_config_dict
@@ -43,9 +47,10 @@ from mimo_jax.data.loader import RowLoader
 from mimo_jax.data.records import Record
 from mimo_jax.data.shards import index_shards
 from mimo_jax.text.tokenizers import TextTokenizer, train_sentencepiece
-from mimo_jax.training.checkpoint import load_params
+from mimo_jax.training.checkpoint import find
 from mimo_jax.training.language_model import train_language_model
 from mimo_jax.training.tokenizer import train_tokenizer
+from mimo_jax.training.tokenizer_adversarial import train_adversarial
 
 RUN = RunConfig(steps=6, log_every=2, eval_every=3, eval_batches=0, checkpoint_every=3)
 
@@ -136,15 +141,41 @@ def audio_tokenizer(folder: Path) -> TokenizerTrainConfig:
     )
 
 
-def train(config: LMTrainConfig | TokenizerTrainConfig, workdir: Path) -> None:
-    job = train_language_model if isinstance(config, LMTrainConfig) else train_tokenizer
-    job(config, workdir)
+def adversarial(folder: Path) -> AdversarialTrainConfig:
+    """The second stage from a first one of `audio_tokenizer`, which is trained in `folder` for three steps."""
+    first = audio_tokenizer(folder)
+    short = dataclasses.replace(first, run=dataclasses.replace(RUN, steps=3))
+    if not (folder / "stage-1").is_dir():
+        train_tokenizer(short, folder / "stage-1")
+    return AdversarialTrainConfig(
+        model=first.model,
+        discriminator=DiscriminatorConfig((2, 3), (4, 8, 8), (256, 128), 4),
+        data=dataclasses.replace(first.data, row_codes=16, row_text=0, max_seconds=0.5, text_tokenizer=""),
+        run=RUN,
+        learning_rate=3e-3,
+        discriminator_learning_rate=3e-3,
+        init_from=str(folder / "stage-1"),
+    )
+
+
+def train(config: TrainingConfig, workdir: Path) -> None:
+    if isinstance(config, LMTrainConfig):
+        train_language_model(config, workdir)
+    elif isinstance(config, AdversarialTrainConfig):
+        train_adversarial(config, workdir)
+    else:
+        train_tokenizer(config, workdir)
 
 
 def digest(workdir: Path, step: int | None = None) -> str:
-    """SHA-256 of the parameters and codebooks of a checkpoint."""
-    variables = load_params(workdir, step)[1]
-    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(variables))).hexdigest()
+    """SHA-256 of all arrays of a checkpoint: parameters, codebooks, moments, counters, power iterations."""
+    path = find(workdir, step)
+    content = hashlib.sha256()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        for item in ("variables", "optimizer"):
+            for where, x in jax.tree_util.tree_leaves_with_path(reader.restore(path / item)):
+                content.update(jax.tree_util.keystr(where).encode() + np.asarray(x).tobytes())
+    return content.hexdigest()
 
 
 def note_batches(path: Path, kill_at: int) -> None:

@@ -48,7 +48,7 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", [jobs.language_model, jobs.audio_tokenizer])
+@pytest.mark.parametrize("job", [jobs.language_model, jobs.audio_tokenizer, jobs.adversarial])
 def test_killed_job_ends_with_the_same_bits_and_reads_the_same_batches(job, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(to_json(job(tmp_path)))

@@ -199,6 +199,7 @@ def test_total_and_terms_follow_the_weights_and_reductions():
         commitment_R=jnp.array([6.0, 1.0, 0.0]),
         vectors_R=jnp.array([3.0, 2.0, 0.0]),
         code_counts=(jnp.array([1.0, 1.0]),),
+        dead_R=jnp.zeros(1),
     )
     terms = tl.loss_terms(sums, TokenizerLossConfig())
     expected = {"a2t": 1.5, "mel": 5.5, "commitment": 2.5 / 3, "a2t_accuracy": 0.25, "mel_5": 0.5, "mel_7": 4}

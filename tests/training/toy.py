@@ -137,7 +137,7 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
 
         train_step = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
 
-        def validate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        def validate(step: int, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
             held_out = ToyLoader()
             held_out.position = 10_000
             batches = (next(held_out) for _ in range(3))

@@ -9,6 +9,7 @@ moving averages (see `rvq`) and never by gradients.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ from mimo_jax.rows import TokenizerRows
 
 
 class TokenizerOutput(NamedTuple):
-    """What a training step needs of one pass. `squared_error_R` to `codebook` are those of `rvq.QuantizerOutput`."""
+    """What a training step needs of one pass. `squared_error_R` to `dead_R` are those of `rvq.QuantizerOutput`."""
 
     wav_BS: jax.Array  # reconstruction; sample 0 of a slot is sample 0 of its clip
     quantized_BMD: jax.Array  # straight-through
@@ -35,6 +36,7 @@ class TokenizerOutput(NamedTuple):
     vectors_R: jax.Array
     code_counts: tuple[jax.Array, ...]
     codebook: rvq.Codebook
+    dead_R: jax.Array
 
 
 class AudioTokenizer(nn.Module):
@@ -115,31 +117,43 @@ class AudioTokenizer(nn.Module):
             extent_BM = jnp.repeat(extent_BM, self.config.mel_frames_per_code, axis=1)
         return self.vocoder(mel_BTF, segment_ids_BT, extent_BM)
 
-    def __call__(self, rows: TokenizerRows, train: bool = False, rng: jax.Array | None = None) -> TokenizerOutput:
+    def decode_coefficients(self, q_BMD: jax.Array, segment_ids_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What `decode_features` makes its wave of by `vocoder.synthesize`, and segment_ids_BT at 100 Hz."""
+        mel_BTF, segment_ids_BT = self.decoder(q_BMD, segment_ids_BM)
+        return self.vocoder.coefficients(mel_BTF, segment_ids_BT), segment_ids_BT
+
+    def __call__(
+        self,
+        rows: TokenizerRows,
+        train: bool = False,
+        rng: jax.Array | None = None,
+        taps: Mapping[str, jax.Array] | None = None,
+    ) -> TokenizerOutput:
         """Encodes, quantises and decodes rows.
 
         Args:
             rows: packed clips; the text is not used here.
             train: update the codebook and draw quantiser dropout; otherwise all levels are used and the codebook stays.
             rng: random key, needed for training.
+            taps: zeros [B, M, D] that are added to the quantiser's `input` and to what the `decoder` reads: the
+                gradient with respect to them is that of the losses at these places.
 
         Raises:
             ValueError: `train` without `rng`.
         """
-        c = self.config.rvq
         z_BMD, segment_ids_BM = self.encode_features(rows.wav_BS, rows.segment_ids_BT)
-        levels_N = key_revive = None
+        if taps is not None:
+            z_BMD = z_BMD + taps["input"]
+        key_levels = key_revive = None
         if train:
             if rng is None:
                 raise ValueError("rng: expected a random key, which training needs, got None")
             key_levels, key_revive = jax.random.split(rng)
-            if c.dropout_probability > 0:
-                levels_N = rvq.draw_levels(c, segment_ids_BM, key_levels).reshape(-1)
-        mask_N = (segment_ids_BM > 0).reshape(-1)
-        out = rvq.train_quantize(c, self._codebook, _flat(z_BMD), mask_N, levels_N, key_revive)
+        out = self._quantize(z_BMD, segment_ids_BM, key_levels, key_revive)
         quantized_BMD = out.quantized_ND.reshape(z_BMD.shape)
+        decoded_BMD = quantized_BMD if taps is None else quantized_BMD + taps["decoder"]
         return TokenizerOutput(
-            wav_BS=self.decode_features(quantized_BMD, segment_ids_BM),
+            wav_BS=self.decode_features(decoded_BMD, segment_ids_BM),
             quantized_BMD=quantized_BMD,
             codes_BMR=out.codes_NR.reshape(*segment_ids_BM.shape, -1),
             segment_ids_BM=segment_ids_BM,
@@ -147,7 +161,30 @@ class AudioTokenizer(nn.Module):
             vectors_R=out.vectors_R,
             code_counts=out.code_counts,
             codebook=out.codebook,
+            dead_R=out.dead_R,
         )
+
+    def quantized(self, rows: TokenizerRows, rng: jax.Array | None = None) -> tuple[jax.Array, jax.Array, Any]:
+        """What the decoder reads, from frozen encoder and codebooks.
+
+        Args:
+            rng: random key of quantiser dropout; all levels are used without one.
+
+        Returns:
+            Quantised vectors [B, M, D], segment_ids_BM int32, and how often each entry of each level was chosen.
+        """
+        z_BMD, segment_ids_BM = self.encode_features(rows.wav_BS, rows.segment_ids_BT)
+        out = self._quantize(z_BMD, segment_ids_BM, rng, None)
+        return out.quantized_ND.reshape(z_BMD.shape), segment_ids_BM, out.code_counts
+
+    def _quantize(
+        self, z_BMD: jax.Array, segment_ids_BM: jax.Array, key_levels: Any, key_revive: Any
+    ) -> rvq.QuantizerOutput:
+        c, levels_N = self.config.rvq, None
+        if key_levels is not None and c.dropout_probability > 0:
+            levels_N = rvq.draw_levels(c, segment_ids_BM, key_levels).reshape(-1)
+        mask_N = (segment_ids_BM > 0).reshape(-1)
+        return rvq.train_quantize(c, self._codebook, _flat(z_BMD), mask_N, levels_N, key_revive)
 
 
 def _flat(x_BMD: jax.Array) -> jax.Array:

@@ -217,6 +217,20 @@ class Codec:
                 raise ValueError(f"codes: level {level} has a code outside 0..{size - 1}")
         return codes_MR.astype(np.uint16)
 
+    def dequantize(self, codes_MR: np.ndarray) -> np.ndarray:
+        """What the decoder reads: the sum of the entries that the codes [M, R] of the first R levels name.
+
+        Returns:
+            float32 [M, D].
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        codes_MR = self.check_codes(codes_MR)
+        row = np.zeros((1, self._bucket(len(codes_MR)), codes_MR.shape[1]), np.uint16)
+        row[0, : len(codes_MR)] = codes_MR
+        return np.asarray(self._dequantize(self.variables, row))[0, : len(codes_MR)].astype(np.float32)
+
     def _decode_row(self, codes_MR: np.ndarray, extent: int | None = None) -> tuple[int, jax.Array]:
         """RVQ frames of the answer, and the wave on the device."""
         count = len(codes_MR) if extent is None else extent

@@ -39,6 +39,7 @@ class QuantizerOutput(NamedTuple):
         vectors_R: number of vectors that reached a level.
         code_counts: for each level, how often each entry was chosen: [K].
         codebook: the state after the update.
+        dead_R: entries of each level whose moving count fell below the threshold, before any revival; 0 in evaluation.
     """
 
     quantized_ND: jax.Array
@@ -47,6 +48,7 @@ class QuantizerOutput(NamedTuple):
     vectors_R: jax.Array
     code_counts: tuple[jax.Array, ...]
     codebook: Codebook
+    dead_R: jax.Array
 
 
 def level_name(level: int) -> str:
@@ -134,7 +136,7 @@ def train_quantize(
     """
     x_ND = at_least_float32(x_ND)
     residual_ND, total_ND = x_ND, jnp.zeros_like(x_ND)
-    codes, errors, reached, counts, updated = [], [], [], [], {}
+    codes, errors, reached, counts, dead, updated = [], [], [], [], [], {}
     for i in range(config.num_levels):
         level = codebook[level_name(i)]
         entries_KD = jax.lax.stop_gradient(entries(level))
@@ -153,15 +155,18 @@ def train_quantize(
         counts.append(jnp.sum(chosen_NK, axis=0))
         if key is None:
             updated[level_name(i)] = level
+            dead.append(jnp.zeros((), x_ND.dtype))
         else:
             sums_KD = jnp.matmul(chosen_NK.T, input_ND, precision=_HIGHEST)
             moved = moving_average(level, sums_KD, counts[-1], config.ema_decay)
             key_level = jax.random.fold_in(key, i)
-            if not config.reference_quirks:
-                moved = revive_dead_codes(moved, input_ND, active_N, config.dead_code_threshold, key_level)
-            moved = level_from_sums(moved, config.epsilon)
             # A level that no vector reached (dropout, an empty batch) keeps its state.
             kept = reached[-1] == 0
+            low = jnp.sum((moved["count"] < config.dead_code_threshold).astype(x_ND.dtype))
+            dead.append(jnp.where(kept, 0, low))
+            if revives(config):
+                moved = revive_dead_codes(moved, input_ND, active_N, config.dead_code_threshold, key_level)
+            moved = level_from_sums(moved, config.epsilon)
             updated[level_name(i)] = {name: jnp.where(kept, level[name], moved[name]) for name in level}
 
         total_ND = total_ND + chosen_ND
@@ -178,7 +183,13 @@ def train_quantize(
         vectors_R=jnp.stack(reached),
         code_counts=tuple(counts),
         codebook=updated,
+        dead_R=jnp.stack(dead),
     )
+
+
+def revives(config: RVQConfig) -> bool:
+    """Whether dead codes come back. What the released code does for it is undone by its own moving average."""
+    return config.revival == "batch" and not config.reference_quirks
 
 
 def moving_average(level: Level, sums_KD: jax.Array, counts_K: jax.Array, decay: float) -> Level:

@@ -30,6 +30,21 @@ class Vocoder(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
+    def coefficients(
+        self, mel_BTF: jax.Array, segment_ids_BT: jax.Array, extent_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Log magnitudes and phases of each frame [B, T, n_fft + 2], float32 (float64 in float64); see `__call__`."""
+        mel, width = self.config.mel, self.config.vocoder.d_model
+        x_BTD = Linear((mel.n_mels,), (width,), ("embed",), (None,), False, self.compute, name="embed")(mel_BTF)
+        x_BTD, _ = Transformer(self.config.vocoder, self.compute, name="transformer")(
+            x_BTD, segment_ids_BL=segment_ids_BT, positions_BL=segment_positions(segment_ids_BT)
+        )
+        if extent_BT is not None:
+            x_BTD = jnp.where((segment_ids_BT > 0)[..., None], x_BTD, 0)
+        # Phases of many radians and logs of magnitudes: bfloat16 would be heard as noise.
+        wide = self.compute if self.compute.dtype == "float64" else dataclasses.replace(self.compute, dtype="float32")
+        return Linear((width,), (mel.n_fft + 2,), ("embed",), (None,), True, wide, name="head")(x_BTD)
+
     def __call__(self, mel_BTF: jax.Array, segment_ids_BT: jax.Array, extent_BT: jax.Array | None = None) -> jax.Array:
         """Maps coarse mel frames to samples.
 
@@ -42,21 +57,17 @@ class Vocoder(nn.Module):
         Returns:
             wav_BS, S = hop * T, float32 (float64 in float64); zero at padding (outside the extent).
         """
-        mel, width = self.config.mel, self.config.vocoder.d_model
-        x_BTD = Linear((mel.n_mels,), (width,), ("embed",), (None,), False, self.compute, name="embed")(mel_BTF)
-        x_BTD, _ = Transformer(self.config.vocoder, self.compute, name="transformer")(
-            x_BTD, segment_ids_BL=segment_ids_BT, positions_BL=segment_positions(segment_ids_BT)
-        )
-        if extent_BT is not None:
-            x_BTD = jnp.where((segment_ids_BT > 0)[..., None], x_BTD, 0)
-        # Phases of many radians and logs of magnitudes: bfloat16 would be heard as noise.
-        wide = self.compute if self.compute.dtype == "float64" else dataclasses.replace(self.compute, dtype="float32")
-        head = Linear((width,), (mel.n_fft + 2,), ("embed",), (None,), True, wide, name="head")(x_BTD)
-        log_magnitude, phase = jnp.split(head, 2, axis=-1)
-        # The minimum stands inside: exp of a large number would make the gradient 0 * inf.
-        magnitude = jnp.exp(jnp.minimum(log_magnitude, math.log(MAX_MAGNITUDE)))
-        spectrum = jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
-        return overlap_add(istft_frames(spectrum), segment_ids_BT if extent_BT is None else extent_BT, mel.hop_length)
+        coefficients = self.coefficients(mel_BTF, segment_ids_BT, extent_BT)
+        return synthesize(coefficients, segment_ids_BT if extent_BT is None else extent_BT, self.config.mel.hop_length)
+
+
+def synthesize(coefficients_BTE: jax.Array, segment_ids_BT: jax.Array, hop: int) -> jax.Array:
+    """Inverse STFT of log magnitudes and phases [B, T, E = n_fft + 2]: wav_BS, each segment by itself."""
+    log_magnitude, phase = jnp.split(coefficients_BTE, 2, axis=-1)
+    # The minimum stands inside: exp of a large number would make the gradient 0 * inf.
+    magnitude = jnp.exp(jnp.minimum(log_magnitude, math.log(MAX_MAGNITUDE)))
+    spectrum = jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
+    return overlap_add(istft_frames(spectrum), segment_ids_BT, hop)
 
 
 def overlap_add(frames_BTN: jax.Array, segment_ids_BT: jax.Array, hop: int) -> jax.Array:

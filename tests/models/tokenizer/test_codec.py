@@ -63,6 +63,16 @@ def test_long_clips_are_cut_into_segments_that_decode_by_themselves(codec):
     np.testing.assert_array_equal(whole, np.concatenate([codec.decode(codes[:75]), codec.decode(codes[75:])]))
 
 
+def test_vectors_are_sums_of_the_entries_that_the_codes_name(codec, variables):
+    codes = codec.encode(noise_clips(9_000))[0]
+    levels = sorted(variables["codebook"].items(), key=lambda item: int("".join(filter(str.isdigit, item[0])) or 0))
+    entries = [np.asarray(level["entries"]) for _, level in levels]
+    for n in (1, 2):
+        q_MD = codec.dequantize(codes[:, :n])
+        expected = sum(entries[r][codes[:, r]] for r in range(n))
+        np.testing.assert_allclose(q_MD, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_bad_input_is_refused(codec):
     with pytest.raises(ValueError, match="at least one sample"):
         codec.encode([np.zeros(0, np.float32)])

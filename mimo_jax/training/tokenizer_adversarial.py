@@ -1,0 +1,330 @@
+"""Trains the audio tokenizer, stage 2: decoder and vocoder against discriminators (report section 2.1).
+
+Encoder and codebooks stay as stage 1 left them, so that codes, and shards made of them, stay what they are. Generator:
+1 reconstruction + 1 adversarial + 2 feature matching. Both players move at once, each from what the other one is before
+the step: so one pass through the discriminators serves both.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mimo_jax.config import AdversarialLossConfig, AdversarialTrainConfig, ConfigError
+from mimo_jax.config_files import to_json
+from mimo_jax.data.tokenizer_rows import tokenizer_loader
+from mimo_jax.models.tokenizer import audio_tokenizer, discriminators
+from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
+from mimo_jax.models.tokenizer.discriminators import Discriminators, Judgements
+from mimo_jax.models.tokenizer.vocoder import synthesize
+from mimo_jax.rows import TokenizerRows
+from mimo_jax.sharding import batch_sharding, make_mesh, shardings, unboxed
+from mimo_jax.training import adversarial_loss, loop
+from mimo_jax.training.adversarial_loss import AdversarialSums
+from mimo_jax.training.checkpoint import CheckpointStore, open_step, read_meta, read_variables, transfer
+from mimo_jax.training.health import adversarial_symptoms
+from mimo_jax.training.metrics import MetricsWriter, StepMetrics
+from mimo_jax.training.optimizer import apply_gradients, budget, make_optimizer, schedule
+from mimo_jax.training.samples import Samples, first_batch
+from mimo_jax.training.state import TrainState, Tree
+from mimo_jax.training.tokenizer import TokenizerJob, codebook_metrics, count_rows
+from mimo_jax.training.tokenizer_loss import mel_distance
+from mimo_jax.trees import flatten
+
+GROUPS = ("audio_tokenizer", "discriminators")
+TRAINED = ("decoder", "vocoder")  # parts of the audio tokenizer
+
+
+def train_adversarial(cfg: AdversarialTrainConfig, workdir: str | os.PathLike[str]) -> None:
+    """Trains, or continues the run that is in `workdir`: writes and raises what `train_language_model` does."""
+    if cfg.run.accumulation != 1:
+        raise ConfigError(f"run.accumulation: expected 1, got {cfg.run.accumulation}: use fewer data.rows")
+    with loop.working_directory(workdir) as folder:
+        # Mesh
+        mesh = make_mesh(cfg.mesh)
+        loop.check_rows(cfg.data.rows, 1, mesh)
+        with jax.set_mesh(mesh):
+            _train(cfg, folder, mesh)
+
+
+def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -> None:
+    run = cfg.run
+
+    # Data
+    loader, validation = tokenizer_loader(cfg, "train"), tokenizer_loader(cfg, "validation")
+
+    # Models, optimisers and update step, on the mesh
+    job = assemble(cfg, mesh)
+    abstract, placed = job.abstract, job.placed
+    replicated = NamedSharding(mesh, PartitionSpec())
+    put = functools.partial(loop.to_devices, sharding=batch_sharding(mesh))
+
+    @jax.jit
+    def eval_step(state: TrainState, rows: TokenizerRows) -> StepMetrics:
+        sums = forward(cfg, state, rows)[0]
+        return jax.lax.with_sharding_constraint(StepMetrics.make({"loss": sums}), replicated)
+
+    describe = jax.jit(functools.partial(make_metrics, cfg))
+    samples = Samples(job.model, folder, cfg.data.samples, replicated)
+
+    def validate(step: int, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        batches = first_batch(validation, put, lambda rows: samples.write(step, state, rows, writer))
+        return loop.evaluate(eval_step, state, batches, put, describe, run.eval_batches, stop)
+
+    # Restore
+    store = CheckpointStore(folder, run.keep_checkpoints, run.keep_every_tokens, run.keep_best)
+    restored = loop.resume(store, abstract, placed, cfg, loader)
+    if restored is not None:
+        state, meta = restored
+        counters = meta["counters"]
+        writer = MetricsWriter(folder, meta["step"])
+        writer.say(f"continuing from step {meta['step']}")
+    else:
+        writer, counters = MetricsWriter(folder), {}
+        params, codebook, source = _stage_1(cfg, abstract, placed)
+        fresh = jax.jit(lambda key: unboxed(init_discriminators(cfg, key)))(jax.random.key(run.seed))
+        params = {"discriminators": fresh["params"]} | params
+        begin = jax.jit(job.start, out_shardings=placed, donate_argnums=0)
+        state = begin(params, codebook, fresh["spectral"])
+        writer.say(f"{', '.join(sorted(params.keys() & source['trained_groups']))} from {source['path']}")
+    loop.describe_run(folder, cfg, state.params)
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trained(state.params).items()}
+    writer.say(
+        f"{sizes['audio_tokenizer']:,} parameters of decoder and vocoder against {sizes['discriminators']:,} of "
+        f"{len(cfg.discriminator.names)} discriminators; {mesh.size} devices"
+    )
+
+    # Loop
+    try:
+        loop.train_loop(
+            state,
+            job.update,
+            loader,
+            validate,
+            config=cfg,
+            groups=list(GROUPS),
+            view=loop.View(
+                describe,
+                losses={"mel": "mel", "feature": "feature", "D": "discriminator", "margin": "margin"},
+                unit="audio s",
+                counter="audio_seconds",
+                flops=lambda counters: train_flops(cfg, counters),
+                symptoms=adversarial_symptoms,
+            ),
+            put=put,
+            store=store,
+            writer=writer,
+            counters=counters,
+        )
+    finally:
+        writer.close()
+        store.close()
+        loader.close()
+        validation.close()
+
+
+def assemble(cfg: AdversarialTrainConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> TokenizerJob:
+    """Puts the parts of a job together; nothing is computed or compiled.
+
+    Raises:
+        ConfigError: settings do not fit the mesh.
+    """
+    optimizer = make_optimizer(cfg.optimizer, _rates(cfg), *budget(cfg))
+
+    def start(params: Tree, codebook: Tree, spectral: Tree) -> TrainState:
+        return TrainState.start(params, optimizer.init(trained(params)), codebook, spectral)
+
+    boxed = jax.eval_shape(functools.partial(init_variables, cfg), jax.eval_shape(lambda: jax.random.key(0)))
+    abstract = jax.eval_shape(start, *(unboxed(boxed)[name] for name in ("params", "codebook", "spectral")))
+    placed = loop.state_shardings(abstract, shardings(boxed, mesh)["params"], mesh)
+    step = make_train_step(cfg, optimizer)
+    update = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
+    return TokenizerJob(AudioTokenizer(cfg.model, cfg.compute), abstract, placed, start, update)
+
+
+def init_discriminators(cfg: AdversarialTrainConfig, key: jax.Array) -> dict[str, Any]:
+    """Random variables {"params", "spectral"} of the discriminators; parameters are boxed with their logical axes."""
+    return discriminators.init_variables(cfg.discriminator, cfg.model.mel.sample_rate, cfg.compute, key)
+
+
+def init_variables(cfg: AdversarialTrainConfig, key: jax.Array) -> dict[str, Any]:
+    """Random variables {"params": {"audio_tokenizer", "discriminators"}, "codebook", "spectral"}, boxed likewise."""
+    tokenizer = audio_tokenizer.init_variables(cfg.model, cfg.compute, key)
+    judges = init_discriminators(cfg, key)
+    params = {"audio_tokenizer": tokenizer["params"], "discriminators": judges["params"]}
+    return {"params": params, "codebook": tokenizer["codebook"], "spectral": judges["spectral"]}
+
+
+def trained(params: Tree) -> Tree:
+    """The parameters that learn: those of decoder and vocoder, and of the discriminators."""
+    tokenizer = {name: params["audio_tokenizer"][name] for name in TRAINED}
+    return {"audio_tokenizer": tokenizer, "discriminators": params["discriminators"]}
+
+
+def _rates(cfg: AdversarialTrainConfig) -> dict[str, float]:
+    return {"audio_tokenizer": cfg.learning_rate, "discriminators": cfg.discriminator_learning_rate}
+
+
+def _stage_1(cfg: AdversarialTrainConfig, abstract: TrainState, placed: TrainState) -> tuple[Tree, Tree, dict]:
+    """Parameters and codebooks of `init_from`, and its meta with the `path` of the checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or its arrays do not fit.
+        ConfigError: it is no audio tokenizer, or one of other settings.
+    """
+    origin = open_step(cfg.init_from)
+    meta = read_meta(origin)
+    if "audio_tokenizer" not in meta["trained_groups"]:
+        found = f"one of job {meta['job']}"
+        raise ConfigError(f"init_from: {origin}: expected the checkpoint of an audio tokenizer, got {found}")
+    saved, wanted = (flatten(tree, ".") for tree in (meta["config"]["model"], json.loads(to_json(cfg))["model"]))
+    # What quantiser dropout or the learning of codebooks were may be otherwise here; what the arrays mean may not.
+    for key in sorted({*saved, *wanted}):
+        if saved.get(key) != wanted.get(key) and (not key.startswith("rvq.") or key == "rvq.codebook_sizes"):
+            raise ConfigError(f"model.{key}: expected {saved.get(key)!r}, as in {origin}, got {wanted.get(key)!r}")
+    shapes = loop.with_shardings(abstract.params, placed.params)
+    params = transfer(origin, shapes, verified=True)
+    books = loop.with_shardings(abstract.codebook, placed.codebook)
+    codebook = read_variables(origin, {"codebook": books})["codebook"]
+    return params, codebook, {**meta, "path": str(origin)}
+
+
+def forward(
+    cfg: AdversarialTrainConfig, state: TrainState, rows: TokenizerRows, rng: jax.Array | None = None
+) -> tuple[AdversarialSums, Any, Tree]:
+    """Both players on a batch.
+
+    Args:
+        rng: random key of quantiser dropout; without one all levels are used.
+
+    Returns:
+        The sums of all losses; a function without arguments that returns the gradients of both players, as a tree like
+        `trained(state.params)`, and the norms of the generator's terms, as they
+        enter, where all of them meet: at the log magnitudes and phases of the vocoder; the new power iterations.
+    """
+    model = AudioTokenizer(cfg.model, cfg.compute)
+    judges = Discriminators(cfg.discriminator, cfg.model.mel.sample_rate, cfg.compute)
+    learning, loss = trained(state.params), cfg.loss
+    frozen = {"params": state.params["audio_tokenizer"], "codebook": state.codebook}
+    quantized_BMD, ids_BM, code_counts = model.apply(frozen, rows, rng, method="quantized")
+    real_BS, inside_BS = adversarial_loss.true_wave(rows, cfg.model)
+
+    def generate(tokenizer: Tree) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": tokenizer, "codebook": state.codebook}
+        return model.apply(variables, quantized_BMD, ids_BM, method="decode_coefficients")
+
+    def judge(params: Tree, wav_BS: jax.Array) -> tuple[Judgements, Any]:
+        variables = {"params": params, "spectral": state.spectral}
+        wav_BS = jnp.where(inside_BS, wav_BS, 0).astype(real_BS.dtype)
+        (judged, inside), found = judges.apply(variables, wav_BS, inside_BS, mutable=["spectral"])
+        return judged, (inside, found["spectral"])
+
+    def mel(wav_BS: jax.Array) -> tuple[jax.Array, Any]:
+        distances = mel_distance(wav_BS, rows, cfg.model, loss)
+        return loss.mel_weight * adversarial_loss.mel_loss(*distances), distances
+
+    coefficients_BTE, back_to_generator, ids_BT = jax.vjp(generate, learning["audio_tokenizer"], has_aux=True)
+    hop = cfg.model.mel.hop_length
+    made_BS, back_to_coefficients = jax.vjp(lambda x_BTE: synthesize(x_BTE, ids_BT, hop), coefficients_BTE)
+    params = learning["discriminators"]
+    real, back_from_real, (inside, spectral) = jax.vjp(lambda params: judge(params, real_BS), params, has_aux=True)
+    made, back_from_made, _ = jax.vjp(judge, params, made_BS, has_aux=True)
+    _, back_from_mel, (mel_I, frames_I) = jax.vjp(mel, made_BS, has_aux=True)
+
+    def hinge(real: Judgements, made: Judgements) -> jax.Array:
+        return adversarial_loss.hinge_loss(
+            adversarial_loss.scores(real, inside, real=True), adversarial_loss.scores(made, inside, real=False)
+        )
+
+    def adversarial(made: Judgements) -> jax.Array:
+        scores = adversarial_loss.scores(made, inside, real=False)
+        return loss.adversarial_weight * adversarial_loss.adversarial_loss(scores)
+
+    def feature(made: Judgements) -> jax.Array:
+        return loss.feature_weight * adversarial_loss.feature_loss(*adversarial_loss.feature_sums(real, made, inside))
+
+    def gradients() -> tuple[Tree, dict[str, jax.Array]]:
+        of_real, of_made = jax.grad(hinge, (0, 1))(real, made)
+        judging = jax.tree.map(jnp.add, back_from_real(of_real)[0], back_from_made(of_made)[0])
+        terms = {
+            "mel": back_from_mel(jnp.ones_like(mel_I[0]))[0],
+            "adversarial": back_from_made(jax.grad(adversarial)(made))[1],
+            "feature": back_from_made(jax.grad(feature)(made))[1],
+        }
+        terms = {name: back_to_coefficients(x_BS)[0] for name, x_BS in terms.items()}
+        norms = {name: jnp.sqrt(jnp.sum(jnp.square(x_BTE))) for name, x_BTE in terms.items()}
+        factors = balance(loss, norms)
+        generating = back_to_generator(sum(factors[name] * x_BTE for name, x_BTE in terms.items()))[0]
+        norms = {f"term_norm/{name}": factors[name] * norm for name, norm in norms.items()}
+        return {"audio_tokenizer": generating, "discriminators": judging}, norms
+
+    features, feature_places = adversarial_loss.feature_sums(real, made, inside)
+    sums = AdversarialSums(
+        mel_I=mel_I,
+        mel_frames_I=frames_I,
+        real=adversarial_loss.scores(real, inside, real=True),
+        made=adversarial_loss.scores(made, inside, real=False),
+        features=features,
+        feature_places=feature_places,
+        code_counts=code_counts,
+    )
+    return sums, gradients, spectral
+
+
+def balance(loss: AdversarialLossConfig, norms: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Factors on the gradients of the weighted terms `mel`, `adversarial` and `feature`, whose norms are given.
+
+    With `loss.balance` "gradients" the norms of all become those of mel times their weights over mel's.
+    """
+    if loss.balance == "none":
+        return dict.fromkeys(norms, 1.0)
+    weights = {"mel": loss.mel_weight, "adversarial": loss.adversarial_weight, "feature": loss.feature_weight}
+    unit = norms["mel"] / loss.mel_weight
+    return {name: weights[name] * unit / jnp.maximum(norm, 1e-30) for name, norm in norms.items()}
+
+
+def make_train_step(cfg: AdversarialTrainConfig, optimizer: Any) -> Any:
+    """The update as a function (state, rows) -> (state, metrics), to be jitted with the state donated."""
+    factor = schedule(cfg.optimizer, *budget(cfg))
+    rates = _rates(cfg)
+
+    def step(state: TrainState, rows: TokenizerRows) -> tuple[TrainState, StepMetrics]:
+        rng = jax.random.fold_in(jax.random.key(cfg.run.seed), state.step)
+        sums, gradients, spectral = forward(cfg, state, rows, rng)
+        gradient, term_norms = gradients()
+        value = adversarial_loss.loss_terms(sums, cfg.loss, cfg.discriminator.names)["loss"]
+        updates_made = state.step - state.skipped
+        limits: dict[str, Any] = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
+        state, scalars = apply_gradients(
+            state, gradient, value, optimizer, cfg.optimizer, spectral=spectral, players=True, **limits
+        )
+        scalars |= {f"learning_rate/{group}": rate * factor(updates_made) for group, rate in rates.items()}
+        return state, StepMetrics.make({"loss": sums}, scalars | term_norms, count_rows(cfg, rows))
+
+    return step
+
+
+def make_metrics(cfg: AdversarialTrainConfig, sums: dict[str, Any]) -> dict[str, jax.Array]:
+    """Loss terms, what each discriminator thinks, and of each level share of used codes and perplexity."""
+    losses = sums["loss"]
+    terms = adversarial_loss.loss_terms(losses, cfg.loss, cfg.discriminator.names)
+    return terms | codebook_metrics(losses.code_counts)
+
+
+def train_flops(cfg: AdversarialTrainConfig, counters: Mapping[str, float]) -> float:
+    """Model FLOPs of training on what `counters` counted: the frozen encoder runs once, decoder and vocoder count
+    three times, and the discriminators run forward twice and backward four times (two players, two terms)."""
+    clips = max(counters["clips"], 1.0)
+    codes, length = counters["codes"], counters["codes"] / clips
+    encoding = cfg.model.flops_per_code(length, decode=False)
+    decoding = cfg.model.flops_per_code(length) - encoding
+    judging = 6.0 * cfg.discriminator.flops_per_sample() * cfg.model.samples_per_code
+    return codes * (encoding + 3.0 * decoding + judging)
