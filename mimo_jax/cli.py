@@ -636,7 +636,12 @@ def _add_eval_reconstruction(group: Any) -> None:
     speaker = "speaker embedding: resemblyzer, or MODULE:FUNCTION from (wave [S], rate) to [D] (default %(default)s)"
     add("--speaker-model", default="resemblyzer", metavar="NAME", help=speaker)
     add("--limit", type=_count, metavar="N", help="only N recordings, spread over the manifest")
-    add("--workers", type=_count, metavar="N", help="processes that measure; 0: in this one (default: half the cores)")
+    add(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="processes that measure; 0: none but this (default: half the cores, at most 8)",
+    )
     add("--compare", metavar="DIR", help="--out of another evaluation of these recordings: print paired differences")
 
 

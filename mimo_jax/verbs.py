@@ -445,7 +445,7 @@ def run_eval_reconstruction(options: argparse.Namespace) -> None:
         speaker_model=options.speaker_model,
         limit=options.limit,
     )
-    workers = max(1, (os.cpu_count() or 1) // 2) if options.workers is None else options.workers
+    workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if options.workers is None else options.workers
     if jax.config.jax_compilation_cache_dir is None:  # a program for each length of clip: an evaluation may go on
         jax.config.update("jax_compilation_cache_dir", str(Path(options.out).absolute() / "compiled"))
     step = open_step(options.audio_tokenizer, options.step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 from evals.voice import clip, voice
@@ -12,6 +14,12 @@ from mimo_jax.evals.quality import COLUMNS, METRICS, Source, Unmeasurable, check
 
 RNG = np.random.default_rng(0)
 SPEECH = clip()  # 24 kHz
+
+
+def need_packages(*names):
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
 
 
 def test_si_sdr_of_a_scaled_clip_with_orthogonal_noise_is_the_ratio_of_energies():
@@ -45,7 +53,7 @@ def test_stft_distance_of_a_clip_shorter_than_a_window():
 
 
 def test_a_clip_against_itself_has_the_best_value_of_every_metric():
-    pytest.importorskip("pesq")
+    need_packages("pesq", "pystoi", "resemblyzer")
     values, left_out = Source(SPEECH, 24_000).measure(SPEECH)
     assert values["pesq_nb"] == pytest.approx(4.549, abs=1e-3) and values["pesq_wb"] == pytest.approx(4.644, abs=1e-3)
     assert values["stoi"] == pytest.approx(1.0) and values["speaker_similarity"] == pytest.approx(1.0)
@@ -54,7 +62,7 @@ def test_a_clip_against_itself_has_the_best_value_of_every_metric():
 
 
 def test_more_noise_is_worse_by_every_metric():
-    pytest.importorskip("pesq")
+    need_packages("pesq", "pystoi", "resemblyzer")
     source = Source(SPEECH, 24_000)
     noise = RNG.normal(size=len(SPEECH))
     measured = [source.measure(SPEECH + level * noise)[0] for level in (0.001, 0.01, 0.1)]
@@ -73,7 +81,7 @@ def test_output_is_cut_or_filled_up_to_the_length_of_the_source():
 
 
 def test_what_cannot_be_measured_is_left_out_with_the_reason():
-    pytest.importorskip("pesq")
+    need_packages("pesq", "pystoi", "resemblyzer")
     both = {"pesq_nb", "pesq_wb"}
     short = SPEECH[6000:8000]
     values, left_out = Source(short, 24_000).measure(short + 0.01)
@@ -88,7 +96,7 @@ def test_what_cannot_be_measured_is_left_out_with_the_reason():
 
 
 def test_pesq_of_a_long_recording_is_a_mean_over_pieces_and_does_not_crash():
-    pytest.importorskip("pesq")
+    need_packages("pesq")
     # 150 utterances at once overrun the arrays of the C code.
     burst = np.concatenate([RNG.normal(0, 0.1, 3_200), np.zeros(3_200)])
     reference = np.tile(burst, 75 * 2).astype(np.float32)
@@ -99,7 +107,7 @@ def test_pesq_of_a_long_recording_is_a_mean_over_pieces_and_does_not_crash():
 
 
 def test_dnsmos_is_that_of_the_package():
-    pytest.importorskip("onnxruntime")
+    need_packages("onnxruntime", "speechmos")
     from mimo_jax.evals.dnsmos import dnsmos
 
     # From speechmos 0.0.1.1 with librosa 1.0.0, `dnsmos.run(wav, 16000)`.
