@@ -480,6 +480,19 @@ def run_convert(options: argparse.Namespace) -> None:
     print(f"{options.out}: {done.tensors:,} tensors, {done.nbytes / 1e6:,.1f} MB")
 
 
+def run_eval_codebooks(options: argparse.Namespace) -> None:
+    from mimo_jax.data.manifest import Manifest
+    from mimo_jax.evals.codebooks import measure, table
+    from mimo_jax.loading import load_codec
+
+    found = measure(load_codec(options.audio_tokenizer, options.step), Manifest(options.manifest))
+    if options.out:
+        atomic_write(options.out, (json.dumps(found, indent=1) + "\n").encode())
+    print(table(found))
+    for line in found["left_out"]:
+        print(f"left out: {line}", file=sys.stderr)
+
+
 def run_eval_probe(options: argparse.Namespace) -> None:
     from mimo_jax.evals.probes import Settings, phone_side, run_probes, word_side
     from mimo_jax.loading import load_codec

@@ -63,7 +63,7 @@ def test_every_verb_has_a_help_page(capsys):
         "plan",
         "data ingest", "data ingest-text", "data index", "data show",
         "codec encode", "text-tokenizer train", *(f"generate {task}" for task in TASKS), "codec decode", "convert",
-        "eval probe", "eval reconstruction", "parity", "quickstart",
+        "eval codebooks", "eval probe", "eval reconstruction", "parity", "quickstart",
         *(f"prepare {corpus}" for corpus in ("debian", "synthetic", "words", "join")),
     }  # fmt: skip
     for words in [[], *all_verbs()]:

@@ -5,7 +5,6 @@ N clips, S samples, M RVQ frames, R levels, K entries of a codebook, X draws.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,8 @@ import numpy as np
 
 from mimo_jax.audio.features import LOG_FLOOR, MEL_SCALES, hann_window, mel_filterbank, mel_scale_config
 from mimo_jax.config import AudioTokenizerConfig, MelConfig
-from mimo_jax.evals.intervals import Interval, bootstrap, mean_interval
+from mimo_jax.evals.codebooks import codebook_use
+from mimo_jax.evals.intervals import Interval, mean_interval
 from mimo_jax.models.tokenizer.codec import Codec
 
 
@@ -84,16 +84,5 @@ def reconstruction_quality(
         pairs = [mel_distance(wav, wave, config.mel.sample_rate) for wav, wave in zip(wavs, decoded, strict=True)]
         value_N, frames_N = np.asarray(pairs, np.float64).T
         distance[n] = mean_interval(value_N * frames_N, frames_N)
-    perplexity, used = [], []
-    for level, size in enumerate(config.rvq.codebook_sizes):
-        counts = [np.bincount(codes_MR[:, level], minlength=size) for codes_MR in made.codes]
-        counts_NK = np.stack(counts).astype(np.float64)
-        perplexity.append(bootstrap(functools.partial(_perplexity, counts_NK), len(counts)))
-        used.append(float((counts_NK.sum(axis=0) > 0).mean()))
-    return ReconstructionQuality(distance, tuple(perplexity), tuple(used))
-
-
-def _perplexity(counts_NK: np.ndarray, weights_XN: np.ndarray) -> np.ndarray:
-    counts_XK = weights_XN @ counts_NK
-    share = counts_XK / counts_XK.sum(axis=1, keepdims=True)
-    return np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=1))
+    levels = codebook_use(made.codes, config.rvq.codebook_sizes)
+    return ReconstructionQuality(distance, tuple(x.perplexity for x in levels), tuple(x.used for x in levels))

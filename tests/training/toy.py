@@ -108,7 +108,9 @@ def describe(sums: dict) -> dict:
     return {"loss": sums["loss"] / sums["count"]}
 
 
-def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState:
+def train(
+    workdir: Path, config: LMTrainConfig, loader: ToyLoader, symptoms: Callable = lambda values: {}
+) -> TrainState:
     """The toy job: the same sequence of calls as the real ones."""
     run = config.run
     with loop.working_directory(workdir) as folder:
@@ -166,7 +168,7 @@ def train(workdir: Path, config: LMTrainConfig, loader: ToyLoader) -> TrainState
                 validate,
                 config=config,
                 groups=["llm"],
-                view=loop.View(describe, {}, "rows", "rows", lambda counters: counters["rows"] * 1e3),
+                view=loop.View(describe, {}, "rows", "rows", lambda counters: counters["rows"] * 1e3, symptoms),
                 put=put,
                 store=store,
                 writer=writer,
