@@ -360,8 +360,11 @@ class DiscriminatorConfig:
     period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)  # of its layers; all but the last have stride 3
     stft_sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     stft_channels: int = 32
+    # RVQ frames of each row that they see in a step, at a place drawn for each row; 0 is the whole row.
+    window_codes: int = 0
 
     def __post_init__(self) -> None:
+        require(self.window_codes >= 0, "discriminator.window_codes", "a non-negative integer", self.window_codes)
         sizes = (*self.periods, *self.stft_sizes, *self.period_channels, self.stft_channels)
         require(min(sizes) > 0 and bool(self.period_channels), "discriminator", "positive sizes", self)
         require(bool(self.periods + self.stft_sizes), "discriminator", "at least one discriminator", self)
@@ -767,6 +770,8 @@ class AdversarialTrainConfig(_AudioTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.data.row_text == 0, "data.row_text", "0: this stage reads no text", self.data.row_text)
+        window, row = self.discriminator.window_codes, self.data.row_codes
+        require(window <= row, "discriminator.window_codes", f"at most data.row_codes ({row})", window)
         require(self.init_from != "", "init_from", "the run of stage 1 to go on from", "")
         for name in ("learning_rate", "discriminator_learning_rate"):
             require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))

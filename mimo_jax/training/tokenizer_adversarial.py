@@ -203,7 +203,8 @@ def forward(
     """Both players on a batch.
 
     Args:
-        rng: random key of quantiser dropout; without one all levels are used.
+        rng: random key of quantiser dropout and of the windows that the discriminators see; without one all levels are
+            used, and they see whole rows.
 
     Returns:
         The sums of all losses; a function without arguments that returns the gradients of both players, as a tree like
@@ -215,7 +216,8 @@ def forward(
     learning, loss = trained(state.params), cfg.loss
     frozen = {"params": state.params["audio_tokenizer"], "codebook": state.codebook}
     quantized_BMD, ids_BM, code_counts = model.apply(frozen, rows, rng, method="quantized")
-    real_BS, inside_BS = adversarial_loss.true_wave(rows, cfg.model)
+    window = windows(cfg, rows, rng)
+    real_BS, inside_BS = (window(x_BS) for x_BS in adversarial_loss.true_wave(rows, cfg.model))
 
     def generate(tokenizer: Tree) -> tuple[jax.Array, jax.Array]:
         variables = {"params": tokenizer, "codebook": state.codebook}
@@ -223,7 +225,6 @@ def forward(
 
     def judge(params: Tree, wav_BS: jax.Array) -> tuple[Judgements, Any]:
         variables = {"params": params, "spectral": state.spectral}
-        wav_BS = jnp.where(inside_BS, wav_BS, 0).astype(real_BS.dtype)
         (judged, inside), found = judges.apply(variables, wav_BS, inside_BS, mutable=["spectral"])
         return judged, (inside, found["spectral"])
 
@@ -236,7 +237,11 @@ def forward(
     made_BS, back_to_coefficients = jax.vjp(lambda x_BTE: synthesize(x_BTE, ids_BT, hop), coefficients_BTE)
     params = learning["discriminators"]
     real, back_from_real, (inside, spectral) = jax.vjp(lambda params: judge(params, real_BS), params, has_aux=True)
-    made, back_from_made, _ = jax.vjp(judge, params, made_BS, has_aux=True)
+
+    def judge_made(params: Tree, wav_BS: jax.Array) -> tuple[Judgements, Any]:
+        return judge(params, jnp.where(inside_BS, window(wav_BS), 0).astype(real_BS.dtype))
+
+    made, back_from_made, _ = jax.vjp(judge_made, params, made_BS, has_aux=True)
     _, back_from_mel, (mel_I, frames_I) = jax.vjp(mel, made_BS, has_aux=True)
 
     def hinge(real: Judgements, made: Judgements) -> jax.Array:
@@ -277,6 +282,19 @@ def forward(
         code_counts=code_counts,
     )
     return sums, gradients, spectral
+
+
+def windows(
+    cfg: AdversarialTrainConfig, rows: TokenizerRows, rng: jax.Array | None
+) -> Callable[[jax.Array], jax.Array]:
+    """What cuts [B, S] down to what the discriminators see of each row: windows that begin with an RVQ frame."""
+    size, per_code = cfg.discriminator.window_codes, cfg.model.samples_per_code
+    if rng is None or not size:
+        return lambda x_BS: x_BS
+    batch, codes = rows.wav_BS.shape[0], rows.wav_BS.shape[1] // per_code
+    start_B = per_code * jax.random.randint(jax.random.fold_in(rng, 1), (batch,), 0, codes - size + 1)
+    cut = jax.vmap(lambda x_S, start: jax.lax.dynamic_slice(x_S, (start,), (size * per_code,)))
+    return lambda x_BS: cut(x_BS, start_B)
 
 
 def balance(loss: AdversarialLossConfig, norms: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -326,5 +344,6 @@ def train_flops(cfg: AdversarialTrainConfig, counters: Mapping[str, float]) -> f
     codes, length = counters["codes"], counters["codes"] / clips
     encoding = cfg.model.flops_per_code(length, decode=False)
     decoding = cfg.model.flops_per_code(length) - encoding
-    judging = 6.0 * cfg.discriminator.flops_per_sample() * cfg.model.samples_per_code
+    seen = cfg.discriminator.window_codes / cfg.data.row_codes or 1.0
+    judging = 6.0 * seen * cfg.discriminator.flops_per_sample() * cfg.model.samples_per_code
     return codes * (encoding + 3.0 * decoding + judging)
