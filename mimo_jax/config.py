@@ -686,6 +686,10 @@ class MelLossConfig:
     mel_scale: Literal["log", "linear"] = "log"  # `log` or `linear` magnitudes
     mel_reduction: Literal["mean", "sum"] = "mean"  # `mean` or `sum` over bins (always a mean over frames)
 
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            require(not name.endswith("_weight") or value >= 0, f"loss.{name}", "a non-negative number", value)
+
 
 @dataclass(frozen=True)
 class TokenizerLossConfig(MelLossConfig):
@@ -708,8 +712,9 @@ class AdversarialLossConfig(MelLossConfig):
     balance: Literal["none", "gradients"] = "none"
 
     def __post_init__(self) -> None:
-        balanced = self.balance == "gradients"
-        require(self.mel_weight > 0 or not balanced, "loss.mel_weight", "a positive number to balance by", 0.0)
+        super().__post_init__()
+        fine = self.mel_weight > 0 or self.balance == "none"
+        require(fine, "loss.mel_weight", "a positive number to balance by", self.mel_weight)
 
 
 def _settle_length(job: Any) -> None:

@@ -18,7 +18,7 @@ from mimo_jax.audio.files import AudioError, load_audio
 from mimo_jax.data.manifest import Manifest
 from mimo_jax.evals.intervals import Interval, bootstrap
 from mimo_jax.models.tokenizer.codec import Codec
-from mimo_jax.progress import Meter, clock
+from mimo_jax.progress import Meter
 
 DEAD = 2.0  # a level whose codes have a lower perplexity says next to nothing
 
@@ -74,18 +74,21 @@ def measure(codec: Codec, manifest: Manifest) -> dict[str, Any]:
         `bits_per_second_at_most`, `clips`, `seconds`, `left_out`, and the tokenizer's fingerprint.
 
     Raises:
-        ValueError: no recording could be read.
+        AudioError: no recording could be read.
     """
     config, codes, left_out, samples = codec.config, [], [], 0
-    meter = Meter(len(manifest), lambda done, seconds: f"codebooks: {done:.0f} of {len(manifest)}, {clock(seconds)}")
+    meter = Meter(len(manifest), lambda done, speed: f"codebooks: {done:.0f} of {len(manifest)}, {speed:.1f}/s")
     for entry in manifest:
         try:
             wav_S = load_audio(entry.audio, config.mel.sample_rate, config.resampler)
+        except AudioError as error:
+            left_out.append(str(error))
+        else:
             codes.append(codec.encode([wav_S])[0])
             samples += len(wav_S)
-        except (AudioError, ValueError) as error:
-            left_out.append(str(error))
         meter.step(1)
+    if not codes:
+        raise AudioError(f"{manifest.path}: none of its {len(manifest)} recordings could be read: {left_out[:1]}")
     levels = codebook_use(codes, config.rvq.codebook_sizes)
     return {
         "tokenizer": codec.fingerprint,

@@ -524,7 +524,7 @@ def _encode(
     """Codes [M, R] of the first levels of each clip."""
     codes = []
     for i, clip in enumerate(clips):
-        wav = load_audio(clip.audio, codec.config.mel.sample_rate)
+        wav = load_audio(clip.audio, codec.config.mel.sample_rate, codec.config.resampler)
         codes.append(next(iter(codec.encode([wav], levels))))
         progress(run, i + 1, len(clips))
     return codes

@@ -1,7 +1,7 @@
 """Losses of the audio tokenizer's second stage: 1 reconstruction + 1 adversarial + 2 feature matching; hinge loss for
 the discriminators (report section 2.1).
 
-B rows, S samples, K discriminators, J feature maps of one of them, I scales of the reconstruction loss. Everything is
+K discriminators, J feature maps of one of them, I scales of the reconstruction loss. Everything is
 gathered as sums over the places that lie inside clips (`AdversarialSums`), and means are taken at the end: a batch
 split over devices gives one value, and sums of several batches give the loss of all of them.
 """
@@ -14,10 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mimo_jax.config import AdversarialLossConfig, AudioTokenizerConfig
-from mimo_jax.models.tokenizer.discriminators import Judgements
-from mimo_jax.models.tokenizer.segments import shift
-from mimo_jax.rows import TokenizerRows
+from mimo_jax.config import AdversarialLossConfig
+from mimo_jax.models.tokenizer.discriminators import Outputs
 
 
 class Scores(NamedTuple):
@@ -25,7 +23,7 @@ class Scores(NamedTuple):
 
     logits_K: jax.Array
     hinge_K: jax.Array  # max(0, 1 - logit) for real rows, max(0, 1 + logit) for others
-    right_K: jax.Array  # places with the right sign
+    correct_K: jax.Array  # places with the right sign
     places_K: jax.Array
 
 
@@ -35,64 +33,51 @@ class AdversarialSums(NamedTuple):
     mel_I: jax.Array  # L1 distance, as in `tokenizer_loss`
     mel_frames_I: jax.Array
     real: Scores
-    made: Scores
+    fake: Scores
     features: tuple[jax.Array, ...]  # of each discriminator, L1 of its maps [J]: mean over channels, sum over places
     feature_places: tuple[jax.Array, ...]
     code_counts: tuple[jax.Array, ...]  # for each level, how often each entry was chosen
 
 
-def true_wave(rows: TokenizerRows, config: AudioTokenizerConfig) -> tuple[jax.Array, jax.Array]:
-    """The recorded wave [B, S] where the reconstruction has its samples, zero outside of clips, and where clips are.
-
-    As in the reconstruction loss the first hop * (T_i - 1) samples of a clip of T_i mel frames count: those of its last
-    frame may be only partly its own.
-    """
-    ids_BT = jnp.where(rows.segment_ids_BT == shift(rows.segment_ids_BT, -1), rows.segment_ids_BT, 0)
-    inside_BS = jnp.repeat(ids_BT > 0, config.mel.hop_length, axis=1)
-    return jnp.where(inside_BS, shift(rows.wav_BS, -(config.mel.n_fft // 2)), 0), inside_BS
-
-
-def scores(judged: Judgements, inside: Judgements, real: bool) -> Scores:
-    """Sums of the logits and of the hinge loss of real rows, or of reconstructed ones."""
+def scores(outputs: Outputs, inside: Outputs, real: bool) -> Scores:
+    """Sums of the logits and of the hinge loss of real rows, or of reconstructed (fake) ones."""
     sign = 1.0 if real else -1.0
 
     def of_one(logits: jax.Array, inside: jax.Array) -> list[jax.Array]:
-        hinge, right = jnp.maximum(0.0, 1.0 - sign * logits), (sign * logits > 0).astype(logits.dtype)
-        return [jnp.sum(jnp.where(inside, x, 0)) for x in (logits, hinge, right, jnp.ones_like(logits))]
+        hinge, correct = jnp.maximum(0.0, 1.0 - sign * logits), (sign * logits > 0).astype(logits.dtype)
+        return [jnp.sum(jnp.where(inside, x, 0)) for x in (logits, hinge, correct, jnp.ones_like(logits))]
 
-    columns = [of_one(j.logits_BHW, places.logits_BHW) for j, places in zip(judged, inside, strict=True)]
+    columns = [of_one(j.logits_BHW, places.logits_BHW) for j, places in zip(outputs, inside, strict=True)]
     return Scores(*(jnp.stack(column) for column in zip(*columns, strict=True)))
 
 
-def feature_sums(
-    real: Judgements, made: Judgements, inside: Judgements
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+def feature_sums(real: Outputs, fake: Outputs, inside: Outputs) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """L1 distances of the maps [J] of each discriminator, mean over channels and summed over places; and the places.
 
     The real ones are targets: no gradient passes through them.
     """
 
-    def of_map(true: jax.Array, made: jax.Array, inside_BHW: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_map(true: jax.Array, fake: jax.Array, inside_BHW: jax.Array) -> tuple[jax.Array, jax.Array]:
         wide = jnp.promote_types(true.dtype, jnp.float32)
-        distance_BHW = jnp.abs(made.astype(wide) - jax.lax.stop_gradient(true).astype(wide)).mean(axis=-1)
+        distance_BHW = jnp.abs(fake.astype(wide) - jax.lax.stop_gradient(true).astype(wide)).mean(axis=-1)
         return jnp.sum(jnp.where(inside_BHW, distance_BHW, 0)), jnp.sum(inside_BHW.astype(wide))
 
     sums, places = [], []
-    for a, b, where in zip(real, made, inside, strict=True):
+    for a, b, where in zip(real, fake, inside, strict=True):
         maps = [of_map(*x) for x in zip(a.features, b.features, where.features, strict=True)]
         sums.append(jnp.stack([x for x, _ in maps]))
         places.append(jnp.stack([n for _, n in maps]))
     return tuple(sums), tuple(places)
 
 
-def hinge_loss(real: Scores, made: Scores) -> jax.Array:
+def hinge_loss(real: Scores, fake: Scores) -> jax.Array:
     """Loss of the discriminators: hinge on both sides, mean over places and discriminators."""
-    return jnp.mean(_mean(real.hinge_K, real.places_K) + _mean(made.hinge_K, made.places_K))
+    return jnp.mean(_mean(real.hinge_K, real.places_K) + _mean(fake.hinge_K, fake.places_K))
 
 
-def adversarial_loss(made: Scores) -> jax.Array:
+def adversarial_loss(fake: Scores) -> jax.Array:
     """Hinge loss of the generator: -D, mean over places and discriminators."""
-    return -jnp.mean(_mean(made.logits_K, made.places_K))
+    return -jnp.mean(_mean(fake.logits_K, fake.places_K))
 
 
 def feature_loss(sums: Sequence[jax.Array], places: Sequence[jax.Array]) -> jax.Array:
@@ -114,18 +99,18 @@ def loss_terms(sums: AdversarialSums, loss: AdversarialLossConfig, names: Sequen
 
     Returns:
         `loss` of the generator and its terms `mel`, `adversarial`, `feature`; `discriminator`, the discriminators'
-        loss; and for each of them `NAME/real`, `NAME/made` (mean logits), `NAME/margin` (their difference) and
+        loss; and for each of them `NAME/real`, `NAME/fake` (mean logits), `NAME/margin` (their difference) and
         `NAME/accuracy` (0.5 if it cannot tell).
     """
     mel = mel_loss(sums.mel_I, sums.mel_frames_I)
-    adversarial = adversarial_loss(sums.made)
+    adversarial = adversarial_loss(sums.fake)
     feature = feature_loss(sums.features, sums.feature_places)
     total = loss.mel_weight * mel + loss.adversarial_weight * adversarial + loss.feature_weight * feature
     terms = {"loss": total, "mel": mel, "adversarial": adversarial, "feature": feature}
-    terms["discriminator"] = hinge_loss(sums.real, sums.made)
-    real_K, made_K = (_mean(side.logits_K, side.places_K) for side in (sums.real, sums.made))
-    right_K = _mean(sums.real.right_K + sums.made.right_K, sums.real.places_K + sums.made.places_K)
+    terms["discriminator"] = hinge_loss(sums.real, sums.fake)
+    real_K, fake_K = (_mean(side.logits_K, side.places_K) for side in (sums.real, sums.fake))
+    correct_K = _mean(sums.real.correct_K + sums.fake.correct_K, sums.real.places_K + sums.fake.places_K)
     for k, name in enumerate(names):
-        terms |= {f"{name}/real": real_K[k], f"{name}/made": made_K[k]}
-        terms |= {f"{name}/margin": real_K[k] - made_K[k], f"{name}/accuracy": right_K[k]}
-    return terms | {"margin": jnp.mean(real_K - made_K), "accuracy": jnp.mean(right_K)}
+        terms |= {f"{name}/real": real_K[k], f"{name}/fake": fake_K[k]}
+        terms |= {f"{name}/margin": real_K[k] - fake_K[k], f"{name}/accuracy": correct_K[k]}
+    return terms | {"margin": jnp.mean(real_K - fake_K), "accuracy": jnp.mean(correct_K)}

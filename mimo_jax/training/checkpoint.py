@@ -253,7 +253,7 @@ def check_same_run(
     tokens = meta.get("tokens", 0)
     known, prints = _past(from_config_dict(meta["config"]), meta["data_fingerprint"], tokens)  # newer settings: default
     wanted, new_prints = _past(config, data_fingerprint, tokens)
-    for key, old, new in _differences(known, wanted):
+    for key, old, new in differences(known, wanted):
         if key.endswith(".changes"):
             raise OtherRunError(
                 f"{where}: config.{key}, as far as it is past ({tokens:,} tokens), was {old} and is {new} now: "
@@ -264,7 +264,7 @@ def check_same_run(
                 f"{where}: config.{key} was {old!r} and is {new!r} now: "
                 "a run can only be continued with the settings it began with; use another working directory"
             )
-    for key, old, new in _differences(prints, new_prints):
+    for key, old, new in differences(prints, new_prints):
         if key == "packing":
             raise OtherRunError(
                 f"{where}: this version of the package packs rows otherwise (packing {old or 1} before, {new} now): go "
@@ -286,7 +286,7 @@ def _past(config: JobConfig, data_fingerprint: Mapping[str, Any], tokens: int) -
     return settings, prints
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], separator: str = ".") -> list[tuple[str, Any, Any]]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], separator: str = ".") -> list[tuple[str, Any, Any]]:
     """(path, old, new) of the leaves that differ, by name; None where there is no such leaf."""
     old, new = flatten(old, separator), flatten(new, separator)
     return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
@@ -667,7 +667,7 @@ def transfer(
             known = f"{name.replace('_', ' ')} {old}"
             raise CheckpointError(f"{step_dir}: was trained with {known}, the data of this run are of {new}")
     old, new = (jax.tree.map(lambda x: x.shape, {group: tree[group] for group in groups}) for tree in (saved, wanted))
-    for name, *shapes in _differences(old, new, "/"):
+    for name, *shapes in differences(old, new, "/"):
         found, expected = ("no such parameter" if shape is None else shape for shape in shapes)
         raise CheckpointError(f"{step_dir}: parameter {name}: expected {expected}, the checkpoint has {found}")
     return read_variables(step_dir, {"params": {group: wanted[group] for group in groups}})["params"]

@@ -1,7 +1,7 @@
 """Tells when the training of an audio tokenizer goes wrong: codebooks that collapse, players that do not play.
 
 A symptom is a name and a sentence that says what is seen and what helps. One that is seen in two reports in a row is
-said; single ones come and go, above all in the first steps.
+said once, and is in the metrics as long as it lasts; single ones come and go, above all in the first steps.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ _WON, _BLIND = 0.1, 0.01  # hinge loss of discriminators that have won; distance
 
 
 class Watch:
-    """Remembers the symptoms of the report before."""
+    """Remembers the symptoms of the reports before."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
+        self._said: set[str] = set()
 
-    def persistent(self, symptoms: Mapping[str, str]) -> dict[str, str]:
-        """Those of these symptoms that the report before had too."""
-        found = {name: text for name, text in symptoms.items() if name in self._seen}
-        self._seen = set(symptoms)
-        return found
+    def update(self, symptoms: Mapping[str, str]) -> tuple[set[str], list[str]]:
+        """Names of those that the report before had too, and what to say: the sentences of those that are new so."""
+        persistent = self._seen & set(symptoms)
+        new = [text for name, text in symptoms.items() if name in persistent - self._said]
+        self._seen, self._said = set(symptoms), persistent
+        return persistent, new
 
 
 def codebook_symptoms(values: Mapping[str, float], sizes: Sequence[int]) -> dict[str, str]:
@@ -66,7 +68,7 @@ def adversarial_symptoms(values: Mapping[str, float]) -> dict[str, str]:
         )
     mel = values.get("term_norm/mel", 0.0)
     others = sum(values.get(f"term_norm/{name}", 0.0) for name in ("adversarial", "feature"))
-    if others < _UNHEARD * mel:
+    if 0 < others < _UNHEARD * mel:
         symptoms["unheard"] = (
             f"adversarial and feature terms have {others / mel:.1g} of the gradient of mel: they change nothing; "
             "loss.balance=gradients gives every term the share that its weight says"

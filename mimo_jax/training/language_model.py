@@ -254,8 +254,8 @@ def make_train_step(cfg: LMTrainConfig, model: AudioLM, optimizer: Any) -> Any:
 
         (value, sums), gradients = loop.accumulate(micro_batch, rows, cfg.run.accumulation)
         updates_made = state.step - state.skipped
-        limits: dict[str, Any] = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
-        state, scalars = apply_gradients(state, gradients, value, optimizer, cfg.optimizer, **limits)
+        limits = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
+        state, scalars = apply_gradients(state, gradients, value, optimizer, cfg.optimizer, **limits)  # type: ignore[arg-type]
         scalars |= {f"learning_rate/{group}": rates[group] * factor(updates_made) for group in learning}
         return state, StepMetrics.make(sums, scalars, count_rows(rows, cfg.model.group_size))
 

@@ -46,6 +46,7 @@ class View:
     flops: Callable[[Mapping[str, float]], float]  # model FLOPs, forward and backward, of what the counters counted
     # What is wrong, by name, from the metrics of a report: said when two reports in a row have it.
     symptoms: Callable[[Mapping[str, float]], Mapping[str, str]] = lambda values: {}
+    ranked_by: str = "loss"  # metric of the validation by which the best checkpoints are kept
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -270,11 +271,11 @@ class Reporter:
             if self._peak is not None:
                 values["mfu"], values["mfu_peak"] = values["flops_per_second"] / self._peak, self._peak
         values |= {f"total/{name}": value for name, value in self.counters.items()}
-        warnings = self._watch.persistent(self._view.symptoms(values))
-        values |= {f"warning/{name}": 1.0 for name in warnings}
+        persistent, new = self._watch.update(self._view.symptoms(values))
+        values |= {f"warning/{name}": 1.0 for name in persistent}
         self._writer.write(last, "train", values)
         self._writer.say(self._line(last, values))
-        for text in warnings.values():
+        for text in new:
             self._writer.say(f"step {last}/{self._run.steps}  WARNING: {text}")
         self._mark, self._untimed, self.waited = now, 0, 0.0
 
@@ -382,7 +383,7 @@ def train_loop(
     ready: list[tuple[int, StepMetrics]] = []
 
     def validate_and_write(step: int) -> float | None:
-        """Loss of the validation; None where it was broken off, or is no number."""
+        """What ranks the checkpoint of this step; None where the validation was broken off, or it is no number."""
 
         def stopping() -> bool:
             alive()
@@ -393,9 +394,10 @@ def train_loop(
             if values is None:
                 return None
             loss = values.get("loss", math.nan)
+            ranking = values.get(view.ranked_by, math.nan)
             writer.write(step, "validation", {"tokens": step * config.tokens_per_step} | values)
             writer.say("  ".join([f"step {step}/{run.steps}", f"validation: loss {loss:.4g}", *_shown(view, values)]))
-            return loss if math.isfinite(loss) else None
+            return ranking if math.isfinite(ranking) else None
 
     def go_back(step: int, scalars: Mapping[str, float]) -> TrainState:
         """The state of the newest checkpoint that was not saved among bad steps, as that of this step."""

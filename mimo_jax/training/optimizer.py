@@ -7,6 +7,7 @@ A rate of 0 freezes the group: `trained` leaves it out, so it gets no gradient, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -236,7 +237,7 @@ def apply_gradients(
     codebook: Tree | None = None,
     spectral: Tree | None = None,
     seed: int = 0,
-    players: bool = False,
+    per_group: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the trained groups, clipped to a global norm; a bad step leaves everything as it was.
 
@@ -253,7 +254,8 @@ def apply_gradients(
         codebook: the codebooks after this step, where the model has them.
         spectral: the vectors of the power iterations after this step, where the model has them.
         seed: of the run; with the step it decides how numbers are rounded.
-        players: the groups play against each other: each one is clipped to the norm by itself.
+        per_group: each group is clipped to the norm by itself, and the largest norm decides whether the step is good:
+            for groups that play against each other.
 
     Returns:
         The new state, and scalars for the metrics: `loss`, `good`, `bad_in_row`, gradient and update norms (total and
@@ -261,6 +263,8 @@ def apply_gradients(
     """
     gradient_norms = norms(gradients)
     norm = jnp.sqrt(sum(jnp.square(n) for n in gradient_norms.values()))
+    if per_group:
+        norm = functools.reduce(jnp.maximum, gradient_norms.values())
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     if config.spike_sigmas:
         good &= ~_is_spike(config, state.optimizer, jnp.stack([loss, norm]))
@@ -270,7 +274,7 @@ def apply_gradients(
     before = part(state.params, gradients)
     clipped = {}
     for group, gradient in gradients.items():
-        clip = config.clip_norm / jnp.maximum(gradient_norms[group] if players else norm, config.clip_norm)
+        clip = config.clip_norm / jnp.maximum(gradient_norms[group] if per_group else norm, config.clip_norm)
         clipped[group] = jax.tree.map(lambda g, clip=clip: g * clip.astype(g.dtype), gradient)
     updates, moments = optimizer.update(clipped, state.optimizer, before, loss=loss, norm=norm, key=key)
     after = optax.apply_updates(before, updates)

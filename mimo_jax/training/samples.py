@@ -16,14 +16,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mimo_jax.atomic import atomic_write
-from mimo_jax.audio.files import save_wav
+from mimo_jax.audio.files import AudioError, save_wav
 from mimo_jax.audio.pictures import spectrograms
 from mimo_jax.config import AudioTokenizerConfig
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
 from mimo_jax.rows import TokenizerRows
-from mimo_jax.training.adversarial_loss import true_wave
 from mimo_jax.training.metrics import MetricsWriter
 from mimo_jax.training.state import TrainState
+from mimo_jax.training.tokenizer_loss import true_wave
 
 FOLDER = "samples"
 _LEVELS = 8  # those that the language model reads, beside all
@@ -38,6 +38,7 @@ class Samples:
         levels = sorted({min(_LEVELS, config.rvq.num_levels), config.rvq.num_levels})
 
         def make(state: TrainState, rows: TokenizerRows) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+            rows = jax.tree.map(lambda x: x[:count], rows)  # each has a clip at least
             variables = {"params": state.params["audio_tokenizer"], "codebook": state.codebook}
             codes_BMR = model.apply(variables, rows.wav_BS, rows.segment_ids_BT, method="encode")
             ids_BM = rows.segment_ids_BT[:, :: config.mel_frames_per_code]
@@ -53,16 +54,23 @@ class Samples:
         if not self._count:
             return
         ids_BT, true_BS, made = jax.device_get(self._make(state, rows))
-        if jax.process_index() == 0:
-            rate = self._config.mel.sample_rate
-            for i, wavs in enumerate(clips(ids_BT, [true_BS, *made], self._config, self._count)):
-                sounds = dict(zip(self._titles, wavs, strict=True))
-                stem = self._folder / str(step) / f"clip-{i:02d}"
-                for title, wav_S in sounds.items():
-                    save_wav(stem.with_name(f"{stem.name}-{title.replace(' ', '-')}.wav"), wav_S, rate)
-                picture = spectrograms(sounds, rate)
-                atomic_write(stem.with_suffix(".png"), picture)
-                writer.show(step, f"{FOLDER}/{i:02d}", sounds, rate, picture)
+        if jax.process_index() != 0:
+            return
+        try:
+            self._write(step, clips(ids_BT, [true_BS, *made], self._config, self._count), writer)
+        except (AudioError, OSError) as error:  # not worth a run: samples that are not finite, a full disk
+            writer.say(f"step {step}  no samples written: {error}")
+
+    def _write(self, step: int, found: Sequence[Sequence[np.ndarray]], writer: MetricsWriter) -> None:
+        rate = self._config.mel.sample_rate
+        for i, wavs in enumerate(found):
+            sounds = dict(zip(self._titles, wavs, strict=True))
+            stem = self._folder / str(step) / f"clip-{i:02d}"
+            for title, wav_S in sounds.items():
+                save_wav(stem.with_name(f"{stem.name}-{title.replace(' ', '-')}.wav"), wav_S, rate)
+            picture = spectrograms(sounds, rate)
+            atomic_write(stem.with_suffix(".png"), picture)
+            writer.show(step, f"{FOLDER}/{i:02d}", sounds, rate, picture)
 
 
 def clips(

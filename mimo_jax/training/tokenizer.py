@@ -214,8 +214,16 @@ def make_train_step(cfg: TokenizerTrainConfig, model: AudioTokenizer, text_decod
             state.params, taps
         )
         updates_made = state.step - state.skipped
-        limits: dict[str, Any] = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
-        state, scalars = apply_gradients(state, gradients, value, optimizer, cfg.optimizer, codebook=codebook, **limits)
+        state, scalars = apply_gradients(
+            state,
+            gradients,
+            value,
+            optimizer,
+            cfg.optimizer,
+            max_bad_steps=cfg.run.patience,
+            codebook=codebook,
+            seed=cfg.run.seed,
+        )
         scalars["learning_rate"] = cfg.learning_rate * factor(updates_made)
         scalars |= tokenizer_loss.term_norms(at_taps)
         metrics = {"loss": sums, "steps": jnp.ones(())}

@@ -8,9 +8,10 @@ the step: so one pass through the discriminators serves both.
 from __future__ import annotations
 
 import functools
-import json
 import os
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,42 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mimo_jax.config import AdversarialLossConfig, AdversarialTrainConfig, ConfigError
-from mimo_jax.config_files import to_json
+from mimo_jax.config import (
+    AdversarialLossConfig,
+    AdversarialTrainConfig,
+    ComputeConfig,
+    ConfigError,
+    DiscriminatorConfig,
+    LMModelConfig,
+    LMTrainConfig,
+)
+from mimo_jax.config_files import from_config_dict
 from mimo_jax.data.tokenizer_rows import tokenizer_loader
 from mimo_jax.models.tokenizer import audio_tokenizer, discriminators
 from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
-from mimo_jax.models.tokenizer.discriminators import Discriminators, Judgements
+from mimo_jax.models.tokenizer.discriminators import Discriminators, Outputs
 from mimo_jax.models.tokenizer.vocoder import synthesize
 from mimo_jax.rows import TokenizerRows
 from mimo_jax.sharding import batch_sharding, make_mesh, shardings, unboxed
 from mimo_jax.training import adversarial_loss, loop
 from mimo_jax.training.adversarial_loss import AdversarialSums
-from mimo_jax.training.checkpoint import CheckpointStore, open_step, read_meta, read_variables, transfer
+from mimo_jax.training.checkpoint import (
+    FOLDER,
+    CheckpointStore,
+    differences,
+    good_steps,
+    open_step,
+    read_meta,
+    read_variables,
+    transfer,
+)
 from mimo_jax.training.health import adversarial_symptoms
 from mimo_jax.training.metrics import MetricsWriter, StepMetrics
 from mimo_jax.training.optimizer import apply_gradients, budget, make_optimizer, schedule
 from mimo_jax.training.samples import Samples, first_batch
 from mimo_jax.training.state import TrainState, Tree
 from mimo_jax.training.tokenizer import TokenizerJob, codebook_metrics, count_rows
-from mimo_jax.training.tokenizer_loss import mel_distance
-from mimo_jax.trees import flatten
+from mimo_jax.training.tokenizer_loss import mel_distance, true_wave
 
 GROUPS = ("audio_tokenizer", "discriminators")
 TRAINED = ("decoder", "vocoder")  # parts of the audio tokenizer
@@ -51,11 +68,13 @@ def train_adversarial(cfg: AdversarialTrainConfig, workdir: str | os.PathLike[st
         # Mesh
         mesh = make_mesh(cfg.mesh)
         loop.check_rows(cfg.data.rows, 1, mesh)
+        # What is wrong with the first stage is found before anything is opened; a run that goes on does not need it.
+        origin = None if good_steps(folder / FOLDER) else find_origin(cfg)
         with jax.set_mesh(mesh):
-            _train(cfg, folder, mesh)
+            _train(cfg, folder, mesh, origin)
 
 
-def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -> None:
+def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh, origin: Path | None) -> None:
     run = cfg.run
 
     # Data
@@ -89,14 +108,19 @@ def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -
         writer.say(f"continuing from step {meta['step']}")
     else:
         writer, counters = MetricsWriter(folder), {}
-        params, codebook, source = _stage_1(cfg, abstract, placed)
-        fresh = jax.jit(lambda key: unboxed(init_discriminators(cfg, key)))(jax.random.key(run.seed))
-        params = {"discriminators": fresh["params"]} | params
+        assert origin is not None
+        params, codebook = read_origin(origin, abstract, placed)
+        writer.say(f"{', '.join(sorted(params))} from {origin}")
+        if "discriminators" not in params:
+            fresh = jax.jit(
+                lambda key: unboxed(init_discriminators(cfg, key)["params"]),
+                out_shardings=placed.params["discriminators"],
+            )
+            params["discriminators"] = fresh(jax.random.key(run.seed))
         begin = jax.jit(job.start, out_shardings=placed, donate_argnums=0)
-        state = begin(params, codebook, fresh["spectral"])
-        writer.say(f"{', '.join(sorted(params.keys() & source['trained_groups']))} from {source['path']}")
+        state = begin(params, codebook, jax.random.key(run.seed))
     loop.describe_run(folder, cfg, state.params)
-    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trained(state.params).items()}
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trainable(state.params).items()}
     writer.say(
         f"{sizes['audio_tokenizer']:,} parameters of decoder and vocoder against {sizes['discriminators']:,} of "
         f"{len(cfg.discriminator.names)} discriminators; {mesh.size} devices"
@@ -118,6 +142,7 @@ def _train(cfg: AdversarialTrainConfig, folder: Path, mesh: jax.sharding.Mesh) -
                 counter="audio_seconds",
                 flops=lambda counters: train_flops(cfg, counters),
                 symptoms=adversarial_symptoms,
+                ranked_by="mel",  # the other terms are what the discriminators of that moment say
             ),
             put=put,
             store=store,
@@ -139,11 +164,13 @@ def assemble(cfg: AdversarialTrainConfig, mesh: jax.sharding.Mesh | jax.sharding
     """
     optimizer = make_optimizer(cfg.optimizer, _rates(cfg), *budget(cfg))
 
-    def start(params: Tree, codebook: Tree, spectral: Tree) -> TrainState:
-        return TrainState.start(params, optimizer.init(trained(params)), codebook, spectral)
+    def start(params: Tree, codebook: Tree, key: jax.Array) -> TrainState:
+        spectral = discriminators.init_spectral(*_sizes(cfg), params["discriminators"], key)
+        return TrainState.start(params, optimizer.init(trainable(params)), codebook, spectral)
 
-    boxed = jax.eval_shape(functools.partial(init_variables, cfg), jax.eval_shape(lambda: jax.random.key(0)))
-    abstract = jax.eval_shape(start, *(unboxed(boxed)[name] for name in ("params", "codebook", "spectral")))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    boxed = jax.eval_shape(functools.partial(init_variables, cfg), key)
+    abstract = jax.eval_shape(start, unboxed(boxed["params"]), boxed["codebook"], key)
     placed = loop.state_shardings(abstract, shardings(boxed, mesh)["params"], mesh)
     step = make_train_step(cfg, optimizer)
     update = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
@@ -152,18 +179,21 @@ def assemble(cfg: AdversarialTrainConfig, mesh: jax.sharding.Mesh | jax.sharding
 
 def init_discriminators(cfg: AdversarialTrainConfig, key: jax.Array) -> dict[str, Any]:
     """Random variables {"params", "spectral"} of the discriminators; parameters are boxed with their logical axes."""
-    return discriminators.init_variables(cfg.discriminator, cfg.model.mel.sample_rate, cfg.compute, key)
+    return discriminators.init_variables(*_sizes(cfg), key)
+
+
+def _sizes(cfg: AdversarialTrainConfig) -> tuple[DiscriminatorConfig, int, ComputeConfig]:
+    return cfg.discriminator, cfg.model.mel.sample_rate, cfg.compute
 
 
 def init_variables(cfg: AdversarialTrainConfig, key: jax.Array) -> dict[str, Any]:
-    """Random variables {"params": {"audio_tokenizer", "discriminators"}, "codebook", "spectral"}, boxed likewise."""
+    """Random variables {"params": {"audio_tokenizer", "discriminators"}, "codebook"}, boxed likewise."""
     tokenizer = audio_tokenizer.init_variables(cfg.model, cfg.compute, key)
-    judges = init_discriminators(cfg, key)
-    params = {"audio_tokenizer": tokenizer["params"], "discriminators": judges["params"]}
-    return {"params": params, "codebook": tokenizer["codebook"], "spectral": judges["spectral"]}
+    params = {"audio_tokenizer": tokenizer["params"], "discriminators": init_discriminators(cfg, key)["params"]}
+    return {"params": params, "codebook": tokenizer["codebook"]}
 
 
-def trained(params: Tree) -> Tree:
+def trainable(params: Tree) -> Tree:
     """The parameters that learn: those of decoder and vocoder, and of the discriminators."""
     tokenizer = {name: params["audio_tokenizer"][name] for name in TRAINED}
     return {"audio_tokenizer": tokenizer, "discriminators": params["discriminators"]}
@@ -173,115 +203,116 @@ def _rates(cfg: AdversarialTrainConfig) -> dict[str, float]:
     return {"audio_tokenizer": cfg.learning_rate, "discriminators": cfg.discriminator_learning_rate}
 
 
-def _stage_1(cfg: AdversarialTrainConfig, abstract: TrainState, placed: TrainState) -> tuple[Tree, Tree, dict]:
-    """Parameters and codebooks of `init_from`, and its meta with the `path` of the checkpoint.
+def find_origin(cfg: AdversarialTrainConfig) -> Path:
+    """Folder of the step of `init_from` to begin with.
 
     Raises:
-        CheckpointError: there is none, or its arrays do not fit.
+        CheckpointError: there is none.
         ConfigError: it is no audio tokenizer, or one of other settings.
     """
     origin = open_step(cfg.init_from)
     meta = read_meta(origin)
-    if "audio_tokenizer" not in meta["trained_groups"]:
-        found = f"one of job {meta['job']}"
-        raise ConfigError(f"init_from: {origin}: expected the checkpoint of an audio tokenizer, got {found}")
-    saved, wanted = (flatten(tree, ".") for tree in (meta["config"]["model"], json.loads(to_json(cfg))["model"]))
-    # What quantiser dropout or the learning of codebooks were may be otherwise here; what the arrays mean may not.
-    for key in sorted({*saved, *wanted}):
-        if saved.get(key) != wanted.get(key) and (not key.startswith("rvq.") or key == "rvq.codebook_sizes"):
-            raise ConfigError(f"model.{key}: expected {saved.get(key)!r}, as in {origin}, got {wanted.get(key)!r}")
-    shapes = loop.with_shardings(abstract.params, placed.params)
-    params = transfer(origin, shapes, verified=True)
+    saved = from_config_dict(meta["config"])  # settings that are newer than the checkpoint: their defaults
+    if isinstance(saved, LMTrainConfig | LMModelConfig):
+        raise ConfigError(f"init_from: {origin}: expected the checkpoint of an audio tokenizer, got one of {saved.job}")
+    # How codebooks learn and quantiser dropout are drawn may be otherwise here; what the codes are may not.
+    for key, old, new in differences(asdict(saved), asdict(cfg)):
+        if re.fullmatch(r"model\.(?!rvq).*|model\.rvq\.(codebook_sizes|epsilon)|compute\.(param_)?dtype", key):
+            raise ConfigError(f"{key}: expected {old!r}, as in {origin}, got {new!r}")
+    return origin
+
+
+def read_origin(origin: Path, abstract: TrainState, placed: TrainState) -> tuple[Tree, Tree]:
+    """Parameters of the groups that were trained there, and codebooks; raises CheckpointError as `transfer` does."""
+    params = transfer(origin, loop.with_shardings(abstract.params, placed.params), verified=True)
     books = loop.with_shardings(abstract.codebook, placed.codebook)
-    codebook = read_variables(origin, {"codebook": books})["codebook"]
-    return params, codebook, {**meta, "path": str(origin)}
+    return params, read_variables(origin, {"codebook": books})["codebook"]
 
 
 def forward(
     cfg: AdversarialTrainConfig, state: TrainState, rows: TokenizerRows, rng: jax.Array | None = None
-) -> tuple[AdversarialSums, Any, Tree]:
+) -> tuple[AdversarialSums, Tree, dict[str, jax.Array], Tree]:
     """Both players on a batch.
+
+    The gradients of the generator's terms come apart as far as the log magnitudes and phases of the vocoder, where all
+    of them meet: so each is measured, and may be weighed (`balance`). That is one more backward pass through the
+    discriminators than their sum would need.
 
     Args:
         rng: random key of quantiser dropout and of the windows that the discriminators see; without one all levels are
             used, and they see whole rows.
 
     Returns:
-        The sums of all losses; a function without arguments that returns the gradients of both players, as a tree like
-        `trained(state.params)`, and the norms of the generator's terms, as they
-        enter, where all of them meet: at the log magnitudes and phases of the vocoder; the new power iterations.
+        Sums of all losses; gradients of both players, a tree like `trainable(state.params)`; the norms of the
+        gradients of the generator's terms, weights included; the new power iterations.
     """
     model = AudioTokenizer(cfg.model, cfg.compute)
-    judges = Discriminators(cfg.discriminator, cfg.model.mel.sample_rate, cfg.compute)
-    learning, loss = trained(state.params), cfg.loss
+    discriminate = Discriminators(*_sizes(cfg))
+    learning, loss = trainable(state.params), cfg.loss
     frozen = {"params": state.params["audio_tokenizer"], "codebook": state.codebook}
-    quantized_BMD, ids_BM, code_counts = model.apply(frozen, rows, rng, method="quantized")
-    window = windows(cfg, rows, rng)
-    real_BS, inside_BS = (window(x_BS) for x_BS in adversarial_loss.true_wave(rows, cfg.model))
+    quantized_BMD, ids_BM, code_counts = model.apply(frozen, rows, rng, method="encode_quantized")
+    window, hop = windows(cfg, rows, rng), cfg.model.mel.hop_length
+    true_BS, ids_BT = true_wave(rows, cfg.model)
+    inside_BS = window(jnp.repeat(ids_BT > 0, hop, axis=1))
 
     def generate(tokenizer: Tree) -> tuple[jax.Array, jax.Array]:
         variables = {"params": tokenizer, "codebook": state.codebook}
         return model.apply(variables, quantized_BMD, ids_BM, method="decode_coefficients")
 
-    def judge(params: Tree, wav_BS: jax.Array) -> tuple[Judgements, Any]:
+    def look(params: Tree, wav_BS: jax.Array) -> tuple[Outputs, Any]:
+        seen_BS = jnp.where(inside_BS, window(wav_BS), 0)
         variables = {"params": params, "spectral": state.spectral}
-        (judged, inside), found = judges.apply(variables, wav_BS, inside_BS, mutable=["spectral"])
-        return judged, (inside, found["spectral"])
+        (outputs, inside), found = discriminate.apply(variables, seen_BS, inside_BS, mutable=["spectral"])
+        return outputs, (inside, found["spectral"])
 
     def mel(wav_BS: jax.Array) -> tuple[jax.Array, Any]:
         distances = mel_distance(wav_BS, rows, cfg.model, loss)
         return loss.mel_weight * adversarial_loss.mel_loss(*distances), distances
 
     coefficients_BTE, back_to_generator, ids_BT = jax.vjp(generate, learning["audio_tokenizer"], has_aux=True)
-    hop = cfg.model.mel.hop_length
-    made_BS, back_to_coefficients = jax.vjp(lambda x_BTE: synthesize(x_BTE, ids_BT, hop), coefficients_BTE)
+    fake_BS, back_to_coefficients = jax.vjp(lambda x_BTE: synthesize(x_BTE, ids_BT, hop), coefficients_BTE)
+    true_BS = true_BS.astype(fake_BS.dtype)
     params = learning["discriminators"]
-    real, back_from_real, (inside, spectral) = jax.vjp(lambda params: judge(params, real_BS), params, has_aux=True)
+    real, back_from_real, (inside, spectral) = jax.vjp(lambda params: look(params, true_BS), params, has_aux=True)
+    fake, back_from_fake, _ = jax.vjp(look, params, fake_BS, has_aux=True)
+    _, back_from_mel, (mel_I, frames_I) = jax.vjp(mel, fake_BS, has_aux=True)
 
-    def judge_made(params: Tree, wav_BS: jax.Array) -> tuple[Judgements, Any]:
-        return judge(params, jnp.where(inside_BS, window(wav_BS), 0).astype(real_BS.dtype))
-
-    made, back_from_made, _ = jax.vjp(judge_made, params, made_BS, has_aux=True)
-    _, back_from_mel, (mel_I, frames_I) = jax.vjp(mel, made_BS, has_aux=True)
-
-    def hinge(real: Judgements, made: Judgements) -> jax.Array:
+    def hinge(real: Outputs, fake: Outputs) -> jax.Array:
         return adversarial_loss.hinge_loss(
-            adversarial_loss.scores(real, inside, real=True), adversarial_loss.scores(made, inside, real=False)
+            adversarial_loss.scores(real, inside, real=True), adversarial_loss.scores(fake, inside, real=False)
         )
 
-    def adversarial(made: Judgements) -> jax.Array:
-        scores = adversarial_loss.scores(made, inside, real=False)
+    def adversarial(fake: Outputs) -> jax.Array:
+        scores = adversarial_loss.scores(fake, inside, real=False)
         return loss.adversarial_weight * adversarial_loss.adversarial_loss(scores)
 
-    def feature(made: Judgements) -> jax.Array:
-        return loss.feature_weight * adversarial_loss.feature_loss(*adversarial_loss.feature_sums(real, made, inside))
+    def feature(fake: Outputs) -> jax.Array:
+        return loss.feature_weight * adversarial_loss.feature_loss(*adversarial_loss.feature_sums(real, fake, inside))
 
-    def gradients() -> tuple[Tree, dict[str, jax.Array]]:
-        of_real, of_made = jax.grad(hinge, (0, 1))(real, made)
-        judging = jax.tree.map(jnp.add, back_from_real(of_real)[0], back_from_made(of_made)[0])
-        terms = {
-            "mel": back_from_mel(jnp.ones_like(mel_I[0]))[0],
-            "adversarial": back_from_made(jax.grad(adversarial)(made))[1],
-            "feature": back_from_made(jax.grad(feature)(made))[1],
-        }
-        terms = {name: back_to_coefficients(x_BS)[0] for name, x_BS in terms.items()}
-        norms = {name: jnp.sqrt(jnp.sum(jnp.square(x_BTE))) for name, x_BTE in terms.items()}
-        factors = balance(loss, norms)
-        generating = back_to_generator(sum(factors[name] * x_BTE for name, x_BTE in terms.items()))[0]
-        norms = {f"term_norm/{name}": factors[name] * norm for name, norm in norms.items()}
-        return {"audio_tokenizer": generating, "discriminators": judging}, norms
+    of_real, of_fake = jax.grad(hinge, (0, 1))(real, fake)
+    of_discriminators = jax.tree.map(jnp.add, back_from_real(of_real)[0], back_from_fake(of_fake)[0])
+    at_wave = {
+        "mel": back_from_mel(jnp.ones_like(mel_I[0]))[0],
+        "adversarial": back_from_fake(jax.grad(adversarial)(fake))[1],
+        "feature": back_from_fake(jax.grad(feature)(fake))[1],
+    }
+    terms = {name: back_to_coefficients(x_BS)[0] for name, x_BS in at_wave.items()}
+    norms = {name: jnp.sqrt(jnp.sum(jnp.square(x_BTE))) for name, x_BTE in terms.items()}
+    factors = balance(loss, norms)
+    of_generator = back_to_generator(sum(factors[name] * x_BTE for name, x_BTE in terms.items()))[0]
 
-    features, feature_places = adversarial_loss.feature_sums(real, made, inside)
+    features, feature_places = adversarial_loss.feature_sums(real, fake, inside)
     sums = AdversarialSums(
         mel_I=mel_I,
         mel_frames_I=frames_I,
         real=adversarial_loss.scores(real, inside, real=True),
-        made=adversarial_loss.scores(made, inside, real=False),
+        fake=adversarial_loss.scores(fake, inside, real=False),
         features=features,
         feature_places=feature_places,
         code_counts=code_counts,
     )
-    return sums, gradients, spectral
+    gradients = {"audio_tokenizer": of_generator, "discriminators": of_discriminators}
+    return sums, gradients, {f"term_norm/{name}": factors[name] * norm for name, norm in norms.items()}, spectral
 
 
 def windows(
@@ -316,13 +347,19 @@ def make_train_step(cfg: AdversarialTrainConfig, optimizer: Any) -> Any:
 
     def step(state: TrainState, rows: TokenizerRows) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.key(cfg.run.seed), state.step)
-        sums, gradients, spectral = forward(cfg, state, rows, rng)
-        gradient, term_norms = gradients()
-        value = adversarial_loss.loss_terms(sums, cfg.loss, cfg.discriminator.names)["loss"]
+        sums, gradients, term_norms, spectral = forward(cfg, state, rows, rng)
+        terms = adversarial_loss.loss_terms(sums, cfg.loss, cfg.discriminator.names)
         updates_made = state.step - state.skipped
-        limits: dict[str, Any] = {"max_bad_steps": cfg.run.patience, "seed": cfg.run.seed}
         state, scalars = apply_gradients(
-            state, gradient, value, optimizer, cfg.optimizer, spectral=spectral, players=True, **limits
+            state,
+            gradients,
+            terms["loss"] + terms["discriminator"],
+            optimizer,
+            cfg.optimizer,
+            max_bad_steps=cfg.run.patience,
+            spectral=spectral,
+            seed=cfg.run.seed,
+            per_group=True,
         )
         scalars |= {f"learning_rate/{group}": rate * factor(updates_made) for group, rate in rates.items()}
         return state, StepMetrics.make({"loss": sums}, scalars | term_norms, count_rows(cfg, rows))
@@ -339,11 +376,11 @@ def make_metrics(cfg: AdversarialTrainConfig, sums: dict[str, Any]) -> dict[str,
 
 def train_flops(cfg: AdversarialTrainConfig, counters: Mapping[str, float]) -> float:
     """Model FLOPs of training on what `counters` counted: the frozen encoder runs once, decoder and vocoder count
-    three times, and the discriminators run forward twice and backward four times (two players, two terms)."""
+    three times. The discriminators: forward twice, backward to weights and inputs twice, to inputs twice more."""
     clips = max(counters["clips"], 1.0)
     codes, length = counters["codes"], counters["codes"] / clips
     encoding = cfg.model.flops_per_code(length, decode=False)
     decoding = cfg.model.flops_per_code(length) - encoding
     seen = cfg.discriminator.window_codes / cfg.data.row_codes or 1.0
-    judging = 6.0 * seen * cfg.discriminator.flops_per_sample() * cfg.model.samples_per_code
+    judging = 8.0 * seen * cfg.discriminator.flops_per_sample() * cfg.model.samples_per_code
     return codes * (encoding + 3.0 * decoding + judging)

@@ -142,17 +142,11 @@ def mel_distance(
 ) -> tuple[jax.Array, jax.Array]:
     """L1 distances of the mel spectrograms of reconstruction and truth, over frames that lie inside one clip.
 
-    In the reconstruction, sample 0 of a slot is sample 0 of its clip. The last mel frame of a clip may be only partly
-    filled by it, so its first hop * (T_i - 1) samples count.
-
     Returns:
         Distances summed over frames [I], and numbers of frames [I].
     """
-    # In its slot a clip begins after n_fft / 2 reflected samples.
-    true_BS = shift(rows.wav_BS, -(config.mel.n_fft // 2)).astype(wav_BS.dtype)
-    ids_BT = rows.segment_ids_BT
-    ids_BT = jnp.where(ids_BT == shift(ids_BT, -1), ids_BT, 0)
-    both = jnp.concatenate([wav_BS, true_BS])
+    true_BS, ids_BT = true_wave(rows, config)
+    both = jnp.concatenate([wav_BS, true_BS.astype(wav_BS.dtype)])
     distances, frames = [], []
     for scale in MEL_SCALES:
         mel_config = mel_scale_config(scale, config.mel.sample_rate)
@@ -166,6 +160,17 @@ def mel_distance(
         distances.append(jnp.sum(jnp.where(inside_BW, distance_BW, 0)))
         frames.append(jnp.sum(inside_BW.astype(distance_BW.dtype)))
     return jnp.stack(distances), jnp.stack(frames)
+
+
+def true_wave(rows: TokenizerRows, config: AudioTokenizerConfig) -> tuple[jax.Array, jax.Array]:
+    """The recorded wave [B, S] where the reconstruction has its samples, and the clips that they belong to [B, T].
+
+    In the reconstruction, sample 0 of a slot is sample 0 of its clip; in the rows, n_fft / 2 reflected samples stand
+    before it. The last mel frame of a clip may be only partly filled by it, so its first hop * (T_i - 1) samples count:
+    the ids are 0 elsewhere, and what the wave is there means nothing.
+    """
+    ids_BT = rows.segment_ids_BT
+    return shift(rows.wav_BS, -(config.mel.n_fft // 2)), jnp.where(ids_BT == shift(ids_BT, -1), ids_BT, 0)
 
 
 def _frames_inside(ids_BT: jax.Array, hop: int, config: MelConfig, count: int) -> jax.Array:

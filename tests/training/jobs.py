@@ -34,6 +34,7 @@ from mimo_jax.config import (
     LMLossConfig,
     LMTrainConfig,
     MelConfig,
+    MeshConfig,
     OptimizerConfig,
     RunConfig,
     RVQConfig,
@@ -133,6 +134,7 @@ def audio_tokenizer(folder: Path) -> TokenizerTrainConfig:
             row_codes=48,
             row_text=64,
             max_seconds=1.0,
+            samples=0,  # one more program to compile
             block_documents=6,
         ),
         run=RUN,
@@ -142,15 +144,14 @@ def audio_tokenizer(folder: Path) -> TokenizerTrainConfig:
 
 
 def adversarial(folder: Path) -> AdversarialTrainConfig:
-    """The second stage from a first one of `audio_tokenizer`, which is trained in `folder` for three steps."""
+    """The second stage from a first one, which is trained in `folder` as `test_tokenizer_job` trains it."""
     first = audio_tokenizer(folder)
-    short = dataclasses.replace(first, run=dataclasses.replace(RUN, steps=3))
     if not (folder / "stage-1").is_dir():
-        train_tokenizer(short, folder / "stage-1")
+        train_tokenizer(dataclasses.replace(first, mesh=MeshConfig(data=2, fsdp=2)), folder / "stage-1")
     return AdversarialTrainConfig(
         model=first.model,
         discriminator=DiscriminatorConfig((2, 3), (4, 8, 8), (256, 128), 4),
-        data=dataclasses.replace(first.data, row_codes=16, row_text=0, max_seconds=0.5, text_tokenizer=""),
+        data=dataclasses.replace(first.data, row_codes=16, row_text=0, max_seconds=0.5, text_tokenizer="", samples=4),
         run=RUN,
         learning_rate=3e-3,
         discriminator_learning_rate=3e-3,

@@ -1,6 +1,7 @@
 """Losses of the adversarial stage: closed forms, gradients of both players, and what padding may not change."""
 
 import dataclasses
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -17,13 +18,16 @@ from mimo_jax.config import (
     DiscriminatorConfig,
     RunConfig,
 )
-from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
-from mimo_jax.models.tokenizer.discriminators import Discriminators, Judgement
+from mimo_jax.config_files import load_config
+from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer, init_variables
+from mimo_jax.models.tokenizer.discriminators import DiscriminatorOutput, Discriminators
+from mimo_jax.sharding import MESH_AXES
 from mimo_jax.training import adversarial_loss as al
 from mimo_jax.training import tokenizer_adversarial as job
+from mimo_jax.training import tokenizer_loss as tl
 from mimo_jax.training.state import TrainState
-from mimo_jax.training.tokenizer_loss import mel_distance
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CLIPS = noise_clips(5000, 3361, 7200)
 
 
@@ -55,63 +59,66 @@ def _rows(cfg, clips=CLIPS):
 
 def test_losses_have_their_closed_forms():
     logits = jnp.array([[[2.0, -0.5, 9.0]]])
-    inside = (Judgement(jnp.array([[[True, True, False]]]), ()),)
-    judged = (Judgement(logits, ()),)
-    real, made = al.scores(judged, inside, real=True), al.scores(judged, inside, real=False)
+    inside = (DiscriminatorOutput(jnp.array([[[True, True, False]]]), ()),)
+    outputs = (DiscriminatorOutput(logits, ()),)
+    real, fake = al.scores(outputs, inside, real=True), al.scores(outputs, inside, real=False)
     np.testing.assert_allclose(real.hinge_K, [0 + 1.5])
-    np.testing.assert_allclose(made.hinge_K, [3 + 0.5])
-    assert float(real.right_K[0]) == 1 == float(made.right_K[0]) and float(real.places_K[0]) == 2
-    np.testing.assert_allclose(al.hinge_loss(real, made), (1.5 + 3.5) / 2)
-    np.testing.assert_allclose(al.adversarial_loss(made), -(2.0 - 0.5) / 2)
+    np.testing.assert_allclose(fake.hinge_K, [3 + 0.5])
+    assert float(real.correct_K[0]) == 1 == float(fake.correct_K[0]) and float(real.places_K[0]) == 2
+    np.testing.assert_allclose(al.hinge_loss(real, fake), (1.5 + 3.5) / 2)
+    np.testing.assert_allclose(al.adversarial_loss(fake), -(2.0 - 0.5) / 2)
 
 
 def test_feature_maps_and_discriminators_weigh_the_same_whatever_their_size():
-    def judgement(value, shapes):
-        return Judgement(jnp.zeros((1, 1, 1)), tuple(jnp.full(s, value) for s in shapes))
+    def output(value, shapes):
+        return DiscriminatorOutput(jnp.zeros((1, 1, 1)), tuple(jnp.full(s, value) for s in shapes))
 
     shapes = [[(1, 2, 6, 4), (1, 2, 3, 8)], [(1, 5, 7, 2), (1, 5, 7, 2), (1, 5, 7, 2)]]
-    real = tuple(judgement(1.0, s) for s in shapes)
-    made = tuple(judgement(v, s) for v, s in zip((1.5, -1.0), shapes, strict=True))
-    inside = tuple(Judgement(jnp.ones((1, 1, 1), bool), tuple(jnp.ones(f[:3], bool) for f in s)) for s in shapes)
-    distances, places = al.feature_sums(real, made, inside)
+    real = tuple(output(1.0, s) for s in shapes)
+    fake = tuple(output(v, s) for v, s in zip((1.5, -1.0), shapes, strict=True))
+    inside = tuple(
+        DiscriminatorOutput(jnp.ones((1, 1, 1), bool), tuple(jnp.ones(f[:3], bool) for f in s)) for s in shapes
+    )
+    distances, places = al.feature_sums(real, fake, inside)
     np.testing.assert_allclose(distances[0] / places[0], [0.5, 0.5])
     np.testing.assert_allclose(distances[1] / places[1], [2.0, 2.0, 2.0])
     np.testing.assert_allclose(al.feature_loss(distances, places), 1.25)
-    gradient = jax.grad(lambda real: al.feature_loss(*al.feature_sums(real, made, inside)))(real)
+    gradient = jax.grad(lambda real: al.feature_loss(*al.feature_sums(real, fake, inside)))(real)
     assert not any(np.any(x) for x in jax.tree.leaves(gradient))
 
 
 def test_true_wave_is_the_clips_where_the_reconstruction_has_them():
     cfg = _config()
     with jax.enable_x64(True):
-        wav, inside = al.true_wave(_rows(cfg), cfg.model)
-    start = 0
+        wav, ids = tl.true_wave(_rows(cfg), cfg.model)
+    inside, start = np.repeat(np.asarray(ids) > 0, 240, axis=1), 0
     for clip in CLIPS:
         length = len(clip) // 240 * 240
         np.testing.assert_array_equal(wav[0, start : start + length], clip[:length])
-        assert np.asarray(inside[0, start : start + length]).all()
+        assert inside[0, start : start + length].all()
         end = start + 960 * slot_codes(len(clip), cfg.model)
-        assert not np.asarray(inside[0, start + length : end]).any() and not np.any(wav[0, start + length : end])
+        assert not inside[0, start + length : end].any()
         start = end
 
 
 def _objectives(cfg, state, rows):
     """What each player minimises, written down without the tricks of `forward`."""
     model = AudioTokenizer(cfg.model, cfg.compute)
-    judges = Discriminators(cfg.discriminator, 24_000, cfg.compute)
-    true, inside = al.true_wave(rows, cfg.model)
+    discriminate = Discriminators(cfg.discriminator, 24_000, cfg.compute)
+    true, ids = tl.true_wave(rows, cfg.model)
+    inside = jnp.repeat(ids > 0, 240, axis=1)
 
     def both(params):
         variables = {"params": params["audio_tokenizer"], "codebook": state.codebook}
-        made = model.apply(variables, rows).wav_BS
-        judging = {"params": params["discriminators"], "spectral": state.spectral}
-        seen, places = judges.apply(judging, jnp.where(inside, made, 0), inside)
-        real, _ = judges.apply(judging, true, inside)
-        return made, real, seen, places
+        fake = model.apply(variables, rows).wav_BS
+        variables_of_them = {"params": params["discriminators"], "spectral": state.spectral}
+        seen, places = discriminate.apply(variables_of_them, jnp.where(inside, fake, 0), inside)
+        real, _ = discriminate.apply(variables_of_them, jnp.where(inside, true, 0), inside)
+        return fake, real, seen, places
 
     def generator(params):
-        made, real, seen, places = both(params)
-        mel = al.mel_loss(*mel_distance(made, rows, cfg.model, cfg.loss))
+        fake, real, seen, places = both(params)
+        mel = al.mel_loss(*tl.mel_distance(fake, rows, cfg.model, cfg.loss))
         adversarial = -jnp.mean(
             jnp.stack([jnp.mean(s.logits_BHW, where=p.logits_BHW) for s, p in zip(seen, places, strict=True)])
         )
@@ -144,18 +151,19 @@ def stepped():
 
         @fast_jit
         def run(state, rows):
-            sums, gradients, spectral = job.forward(cfg, state, rows)
+            sums, gradients, norms, spectral = job.forward(cfg, state, rows)
             expected = [jax.value_and_grad(f)(state.params) for f in _objectives(cfg, state, rows)]
-            return al.loss_terms(sums, cfg.loss, cfg.discriminator.names), gradients(), spectral, expected
+            return al.loss_terms(sums, cfg.loss, cfg.discriminator.names), gradients, norms, spectral, expected
 
         return state, run(state, rows)
 
 
 def test_both_players_get_the_gradients_of_their_objectives(stepped):
-    _, (terms, (gradients, _), _, ((loss, generator), (hinge, discriminators))) = stepped
+    _, (terms, gradients, norms, _, ((loss, generator), (hinge, discriminators))) = stepped
     np.testing.assert_allclose(terms["loss"], loss, rtol=1e-9)
     np.testing.assert_allclose(terms["discriminator"], hinge, rtol=1e-9)
     assert set(gradients["audio_tokenizer"]) == {"decoder", "vocoder"}
+    assert all(norms[f"term_norm/{name}"] > 0 for name in ("mel", "adversarial", "feature"))
     expected = {
         "audio_tokenizer": {name: generator["audio_tokenizer"][name] for name in ("decoder", "vocoder")},
         "discriminators": discriminators["discriminators"],
@@ -170,7 +178,7 @@ def test_both_players_get_the_gradients_of_their_objectives(stepped):
 
 
 def test_power_iterations_move(stepped):
-    state, (_, _, spectral, _) = stepped
+    state, (*_, spectral, _) = stepped
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.spectral, spectral)
     names = [jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(moved) if not x]
     assert all("last" in name for name in names), names  # one output: its vector is 1 or -1
@@ -187,25 +195,64 @@ def test_balanced_terms_have_gradients_as_their_weights_say():
         AdversarialLossConfig(balance="gradients", mel_weight=0.0)
 
 
-def test_losses_do_not_see_what_lies_outside_of_clips():
+def test_discriminators_see_a_window_of_each_row_that_begins_with_a_frame():
     cfg = _config()
-    with jax.enable_x64(True):
-        state, rows = _state(cfg), _rows(cfg)
-        run = fast_jit(lambda state, rows: job.forward(cfg, state, rows)[0])
-        plain = run(state, rows)
-        # The decoder gives zeros at padding; a wave there would be cut off before the discriminators look.
-        dirty = rows._replace(wav_BS=rows.wav_BS.at[:, -960:].set(9.0))
-        other = run(state, dirty)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), plain, other)
+    cfg = dataclasses.replace(cfg, discriminator=dataclasses.replace(cfg.discriminator, window_codes=7))
+    rows = _rows(cfg)._replace(wav_BS=jnp.zeros((40, 960 * 30)))
+    samples = jnp.broadcast_to(jnp.arange(960 * 30), (40, 960 * 30))
+    seen = np.asarray(job.windows(cfg, rows, jax.random.key(0))(samples))
+    assert seen.shape == (40, 960 * 7) and (np.diff(seen, axis=1) == 1).all() and (seen[:, 0] % 960 == 0).all()
+    assert set(seen[:, 0] // 960) <= set(range(24)) and len(set(seen[:, 0])) > 10
+    whole = job.windows(cfg, rows, None)(samples)
+    np.testing.assert_array_equal(whole, samples)
+    with pytest.raises(ValueError, match=r"discriminator\.window_codes: expected at most data\.row_codes \(30\)"):
+        dataclasses.replace(cfg, discriminator=dataclasses.replace(cfg.discriminator, window_codes=31))
 
 
-def test_quantiser_dropout_is_drawn_for_training_only():
-    cfg = _config()
-    model = dataclasses.replace(cfg.model, rvq=dataclasses.replace(cfg.model.rvq, dropout_probability=1.0))
-    cfg = dataclasses.replace(cfg, model=model)
-    with jax.enable_x64(True):
-        state, rows = _state(cfg), _rows(cfg)
-        run = fast_jit(lambda rng: job.forward(cfg, state, rows, rng)[0].code_counts)
-        reached = [float(counts.sum()) for counts in run(jax.random.key(0))]
-        everything = [float(c.sum()) for c in fast_jit(lambda: job.forward(cfg, state, rows)[0].code_counts)()]
-    assert len(set(everything)) == 1 and reached[0] == everything[0] > reached[-1]
+def test_quantiser_dropout_of_frozen_codebooks_is_drawn_with_a_key_only():
+    model = tiny_config(dropout=1.0)
+    params = random_params(
+        jax.eval_shape(lambda: init_variables(model, compute("float32"), jax.random.key(0)))["params"]
+    )
+    variables = {"params": params, "codebook": random_codebook(model)}
+    rows = make_rows(model, [CLIPS], [[[], [], []]], 30, 0)
+    tokenizer = AudioTokenizer(model, compute("float32"))
+
+    @fast_jit
+    def reached(rng):
+        return [counts.sum() for counts in tokenizer.apply(variables, rows, rng, method="encode_quantized")[2]]
+
+    dropped, everything = (np.array(reached(rng)) for rng in (jax.random.key(0), None))
+    assert len(set(everything)) == 1 and dropped[0] == everything[0] > dropped[-1]
+
+
+def test_weights_below_zero_are_refused():
+    with pytest.raises(ValueError, match=r"loss\.feature_weight: expected a non-negative number, got -2"):
+        AdversarialLossConfig(feature_weight=-2.0)
+
+
+def test_moments_lie_like_their_parameters_and_power_iterations_everywhere_at_the_published_size():
+    spec = f"{CONFIGS / 'tokenizer_adversarial.py'}:7b"
+    cfg = load_config(spec, ["--config.mesh.data=2", "--config.mesh.fsdp=8"])
+    mesh = jax.sharding.AbstractMesh((2, 8, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    placed = job.assemble(cfg, mesh).placed
+    kernel = placed.params["discriminators"]["period_2"]["conv_3"]["kernel"].spec
+    assert "fsdp" in jax.tree.leaves(tuple(kernel))
+    moments = [
+        (jax.tree_util.keystr(path), sharding.spec)
+        for path, sharding in jax.tree_util.tree_leaves_with_path(placed.optimizer)
+    ]
+    of_kernel = [spec for path, spec in moments if path.endswith("['period_2']['conv_3']['kernel']")]
+    assert len(of_kernel) == 2 and set(of_kernel) == {kernel}
+    assert any("fsdp" in str(spec) for path, spec in moments if "['vocoder']" in path)
+    assert not any("encoder" in path.replace("decoder", "") for path, _ in moments), "frozen parts have no moments"
+    assert all(not tuple(x.spec) for x in jax.tree.leaves(placed.spectral))
+
+
+def test_a_state_without_power_iterations_has_the_progress_of_older_checkpoints():
+    params = {"a": jnp.zeros(2)}
+    plain, spectral = TrainState.start(params, {}), TrainState.start(params, {}, spectral={"u": jnp.ones(3)})
+    assert set(plain.progress()) == {"step", "skipped", "bad_in_row", "optimizer"}
+    assert set(spectral.progress()) == {*plain.progress(), "spectral"}
+    back = TrainState.join(spectral.variables(), spectral.progress())
+    np.testing.assert_array_equal(back.spectral["u"], 1.0)

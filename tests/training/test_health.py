@@ -30,19 +30,21 @@ def test_discriminators_that_have_won_or_see_nothing_and_terms_without_weight_ar
     assert "loss.balance=gradients" in unheard["unheard"]
 
 
-def test_a_symptom_is_said_when_two_reports_in_a_row_have_it():
+def test_a_symptom_is_said_once_when_two_reports_in_a_row_have_it():
     watch = Watch()
-    assert watch.persistent({"a": "x"}) == {}
-    assert watch.persistent({"a": "y", "b": "z"}) == {"a": "y"}
-    assert watch.persistent({}) == {}
-    assert watch.persistent({"a": "x"}) == {}
+    assert watch.update({"a": "x"}) == (set(), [])
+    assert watch.update({"a": "y", "b": "z"}) == ({"a"}, ["y"])
+    assert watch.update({"a": "y", "b": "z"}) == ({"a", "b"}, ["z"])
+    assert watch.update({}) == (set(), [])
+    assert watch.update({"a": "x"}) == (set(), [])
+    assert watch.update({"a": "x"}) == ({"a"}, ["x"])
 
 
-def test_the_run_prints_it_and_writes_it(tmp_path, capsys):
+def test_the_run_says_it_once_and_writes_it_as_long_as_it_lasts(tmp_path, capsys):
     symptoms = {"steps": "everything"}
     toy.train(tmp_path, toy.make_config(8), toy.ToyLoader(), symptoms=lambda values: symptoms)
     said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     lines = [line for line in metrics.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
     warned = [line["step"] for line in lines if line.get("warning/steps")]
-    assert len(said) == len(warned) == len(lines) - 1 > 0 and "everything" in said[0]
+    assert len(said) == 1 and len(warned) == len(lines) - 1 > 0 and "everything" in said[0]
     assert warned == [line["step"] for line in lines[1:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,10 +12,17 @@ import pytest
 import soundfile
 from training import jobs
 
-from mimo_jax.config import ConfigError, MeshConfig
+from mimo_jax.config import ComputeConfig, ConfigError, MeshConfig
+from mimo_jax.config_files import load_config, to_json
 from mimo_jax.loading import load_codec
-from mimo_jax.training import metrics
+from mimo_jax.models.tokenizer.audio_tokenizer import AudioTokenizer
+from mimo_jax.sharding import make_mesh
+from mimo_jax.training import metrics, tokenizer_adversarial
 from mimo_jax.training.checkpoint import CheckpointError, load_params
+from mimo_jax.training.metrics import MetricsWriter
+from mimo_jax.training.samples import Samples
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def test_reports_terms_margins_and_norms_of_both_players(config, run):
     train = [line for line in lines if line["split"] == "train"][-1]
     assert {"mel", "adversarial", "feature", "discriminator", "margin", "accuracy"} <= set(train)
     for name in config.discriminator.names:
-        assert train[f"{name}/margin"] == pytest.approx(train[f"{name}/real"] - train[f"{name}/made"], abs=1e-6)
+        assert train[f"{name}/margin"] == pytest.approx(train[f"{name}/real"] - train[f"{name}/fake"], abs=1e-6)
         assert 0 <= train[f"{name}/accuracy"] <= 1
     for name in ("mel", "adversarial", "feature"):
         assert train[f"term_norm/{name}"] > 0
@@ -72,16 +80,33 @@ def test_samples_can_be_listened_to(config, run):
     assert (folder / "6/clip-00.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_goes_on_from_a_run_of_its_own_stage_with_its_discriminators(config, run, tmp_path, capsys):
-    short = dataclasses.replace(config.run, steps=1)
-    jobs.train(dataclasses.replace(config, init_from=str(run), run=short), tmp_path / "next")
-    assert "audio_tokenizer, discriminators from" in capsys.readouterr().out
+def test_goes_on_from_a_run_of_its_own_stage_with_its_discriminators(config, run):
+    cfg = dataclasses.replace(config, init_from=str(run), mesh=MeshConfig(data=2, fsdp=2))
+    mesh = make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh):
+        job = tokenizer_adversarial.assemble(cfg, mesh)
+        origin = tokenizer_adversarial.find_origin(cfg)
+        params, codebook = tokenizer_adversarial.read_origin(origin, job.abstract, job.placed)
+        state = jax.jit(job.start, out_shardings=job.placed)(params, codebook, jax.random.key(3))
+    learnt = load_params(run)[1]["params"]["discriminators"]
+    jax.tree.map(np.testing.assert_array_equal, state.params["discriminators"], learnt)
+    for name, layers in state.spectral.items():
+        for layer, vectors in layers.items():
+            matrix = np.asarray(learnt[name][layer]["kernel"]).reshape(-1, vectors["u"].shape[0])
+            ratio = np.linalg.norm(matrix @ np.asarray(vectors["u"])) / np.linalg.norm(matrix, 2)
+            assert 0.9 < ratio < 1.0001, (name, layer)
 
 
 def test_a_first_stage_of_another_model_is_refused_by_the_setting(config, tmp_path):
     model = dataclasses.replace(config.model, decoder_norm="frame")
     with pytest.raises(ConfigError, match=r"model\.decoder_norm: expected 'sequence', as in .*, got 'frame'"):
         jobs.train(dataclasses.replace(config, model=model), tmp_path)
+
+
+def test_codes_of_another_precision_are_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"compute\.dtype: expected 'float32', as in .*, got 'bfloat16'"):
+        jobs.train(dataclasses.replace(config, compute=ComputeConfig(dtype="bfloat16")), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists(), "found before anything is written"
 
 
 def test_a_checkpoint_of_something_else_is_refused(config, tmp_path):
@@ -91,6 +116,20 @@ def test_a_checkpoint_of_something_else_is_refused(config, tmp_path):
         jobs.train(dataclasses.replace(config, run=dataclasses.replace(config.run, accumulation=2)), tmp_path / "b")
     with pytest.raises(ConfigError, match=r"data\.row_text: expected 0"):
         dataclasses.replace(config, data=dataclasses.replace(config.data, row_text=8))
+
+
+def test_a_language_model_is_no_first_stage(config, tmp_path, monkeypatch):
+    meta = {"config": json.loads(to_json(load_config(f"{CONFIGS / 'joint.py'}:tiny")))}
+    monkeypatch.setattr(tokenizer_adversarial, "read_meta", lambda path: meta)
+    with pytest.raises(ConfigError, match="expected the checkpoint of an audio tokenizer, got one of language_model"):
+        jobs.train(config, tmp_path)
+
+
+def test_samples_that_cannot_be_written_do_not_end_a_run(config, tmp_path, capsys):
+    samples = Samples(AudioTokenizer(config.model, config.compute), tmp_path, 1, None)
+    samples._make = lambda state, rows: (np.ones((1, 8), np.int32), np.full((1, 1920), np.nan), [np.zeros((1, 1920))])
+    samples.write(3, None, None, MetricsWriter(tmp_path))
+    assert "step 3  no samples written" in capsys.readouterr().out
 
 
 def test_discriminators_have_no_weight_decay(config):

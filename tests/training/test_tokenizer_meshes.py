@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tokenizer.tiny import compute, make_rows, noise_clips, random_params, tiny_a2t, tiny_config
+from models.tokenizer.tiny import compute, make_rows, noise_clips, random_codebook, random_params, tiny_a2t, tiny_config
 
 from mimo_jax.config import (
     AdversarialTrainConfig,
@@ -89,9 +88,7 @@ def _train(stage: int, dtype: str, mesh_config: MeshConfig, steps: int):
             else:
                 job = tokenizer_adversarial.assemble(cfg, mesh)
                 boxed = jax.eval_shape(lambda: tokenizer_adversarial.init_variables(cfg, jax.random.key(0)))
-                variables = nn.unbox(tokenizer_adversarial.init_variables(cfg, jax.random.key(0)))
-                params = random_params(boxed["params"])
-                arrays = (params, variables["codebook"], variables["spectral"])
+                arrays = (random_params(boxed["params"]), random_codebook(cfg.model, dtype=dtype), jax.random.key(0))
                 state = jax.jit(job.start, out_shardings=job.placed)(*arrays)
                 book = state.codebook
 

@@ -164,7 +164,9 @@ class AudioTokenizer(nn.Module):
             dead_R=out.dead_R,
         )
 
-    def quantized(self, rows: TokenizerRows, rng: jax.Array | None = None) -> tuple[jax.Array, jax.Array, Any]:
+    def encode_quantized(
+        self, rows: TokenizerRows, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
         """What the decoder reads, from frozen encoder and codebooks.
 
         Args:

@@ -2,7 +2,8 @@
 
 Each looks at a row of wave through a grid of its own, scores every place of the grid, and shows what its layers made of
 it. Padding is zero in real and in reconstructed rows alike; places whose middle is padding are marked, so that losses
-can leave them out.
+can leave them out. A row is one sound to them: what a place sees may reach into the clip beside it, the same one for
+both (so losses depend on packing, unlike those of the first stage).
 
 B rows, S samples, H x W places of a grid (periods: H samples of a period x W periods; STFT: H frames x W frequencies),
 I and O channels, K discriminators.
@@ -13,6 +14,7 @@ multi-scale STFT discriminators (Defossez et al., 2022), spectral norm is that o
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -30,14 +32,14 @@ _FIRST_ITERATIONS = 15  # of the power iteration, before the first step
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class Judgement(NamedTuple):
+class DiscriminatorOutput(NamedTuple):
     """What one discriminator says of rows; or, of the same structure, which of its places lie inside clips."""
 
     logits_BHW: jax.Array  # float32 (float64 in float64); high where it takes the sound for real
     features: tuple[jax.Array, ...]  # of each layer but the last, after its activation: [B, H, W_j, O_j]
 
 
-Judgements = tuple[Judgement, ...]
+Outputs = tuple[DiscriminatorOutput, ...]
 
 
 class SpectralConv(nn.Module):
@@ -100,26 +102,24 @@ def _unit(x: jax.Array) -> jax.Array:
 def conv(x_BHWI: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     """Centred convolution with kernel [H taps, W taps, I, O] and zeros outside: [B, H, ceil(W / stride), O].
 
-    A stride becomes channels first (blocks of `stride` places, whose taps are taps of blocks): without strides, the
-    gradient on CPU takes a third of the time, and narrow layers fill the matrix units of an accelerator better.
+    Where many taps meet a small stride, blocks of `stride` places become channels and their taps taps of blocks: the
+    gradient of nine taps at stride 2 takes a third of the time on CPU then. Five taps at stride 3 gain nothing.
     """
     rows, taps, inputs, outputs = kernel.shape
-    width, before = x_BHWI.shape[2], (taps - 1) // 2
+    width, before, beside = x_BHWI.shape[2], (taps - 1) // 2, (rows - 1) // 2 * dilation
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, rhs_dilation=(dilation, 1), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    if taps < 4 * stride:
+        around = ((beside, beside), (before, before))
+        return convolve(x_BHWI, kernel, (1, stride), around)
     places, blocks = -(-width // stride), -(-taps // stride)
     needed = (places + blocks - 1) * stride
     x = jnp.pad(x_BHWI, ((0, 0), (0, 0), (before, max(0, needed - width - before)), (0, 0)))[:, :, :needed]
     x = x.reshape(*x.shape[:2], needed // stride, stride * inputs)
     kernel = jnp.pad(kernel, ((0, 0), (0, blocks * stride - taps), (0, 0), (0, 0)))
     kernel = kernel.reshape(rows, blocks, stride * inputs, outputs)
-    beside = (rows - 1) // 2 * dilation
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (1, 1),
-        ((beside, beside), (0, 0)),
-        rhs_dilation=(dilation, 1),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    return convolve(x, kernel, (1, 1), ((beside, beside), (0, 0)))
 
 
 class _Layer(NamedTuple):
@@ -140,8 +140,8 @@ class Discriminator(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x_BHWI: jax.Array, inside_BHW: jax.Array) -> tuple[Judgement, Judgement]:
-        """Judges a grid [B, H, W, I]; `inside_BHW`, bool, says whether the middle of a place lies inside a clip."""
+    def __call__(self, x_BHWI: jax.Array, inside_BHW: jax.Array) -> tuple[DiscriminatorOutput, DiscriminatorOutput]:
+        """Scores a grid [B, H, W, I]; `inside_BHW`, bool, says whether the middle of a place lies inside a clip."""
         features, inside = [], []
         for i, layer in enumerate(self.layers):
             sizes = (x_BHWI.shape[-1], layer.channels, layer.kernel, self.compute, layer.stride, layer.dilation)
@@ -151,7 +151,7 @@ class Discriminator(nn.Module):
             inside.append(inside_BHW)
         last = SpectralConv(x_BHWI.shape[-1], 1, self.last_kernel, self.compute, name="last")(x_BHWI)[..., 0]
         logits_BHW = last.astype(jnp.promote_types(last.dtype, jnp.float32))
-        return Judgement(logits_BHW, tuple(features)), Judgement(inside_BHW, tuple(inside))
+        return DiscriminatorOutput(logits_BHW, tuple(features)), DiscriminatorOutput(inside_BHW, tuple(inside))
 
 
 class Discriminators(nn.Module):
@@ -162,34 +162,34 @@ class Discriminators(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, wav_BS: jax.Array, inside_BS: jax.Array) -> tuple[Judgements, Judgements]:
-        """Judges rows.
+    def __call__(self, wav_BS: jax.Array, inside_BS: jax.Array) -> tuple[Outputs, Outputs]:
+        """Scores rows.
 
         Args:
             wav_BS: float32 or float64, zero outside of clips.
             inside_BS: bool, whether a sample lies inside a clip.
 
         Returns:
-            The judgement of each discriminator, in the order of `config.names`; and for each place of it, bool, whether
+            The output of each discriminator, in the order of `config.names`; and for each place of it, bool, whether
             it lies inside a clip (features have one answer for all channels, logits of an STFT one for each frequency).
         """
         c, compute, out = self.config, self.compute, []
         *strided, channels = c.period_channels
         layers = (*(_Layer(n, (1, 5), 3) for n in strided), _Layer(channels, (1, 5)))
         for period in c.periods:
-            judge = Discriminator(layers, (1, 3), PERIOD_SLOPE, compute, name=f"period_{period}")
-            out.append(judge(_fold(wav_BS, period)[..., None], _fold(inside_BS, period)))
+            discriminator = Discriminator(layers, (1, 3), PERIOD_SLOPE, compute, name=f"period_{period}")
+            out.append(discriminator(_fold(wav_BS, period)[..., None], _fold(inside_BS, period)))
         n = c.stft_channels
         layers = (_Layer(n, (3, 9)), *(_Layer(n, (3, 9), 2, d) for d in (1, 2, 4)), _Layer(n, (3, 3)))
         for size in c.stft_sizes:
-            judge = Discriminator(layers, (3, 3), STFT_SLOPE, compute, name=f"stft_{size}")
+            discriminator = Discriminator(layers, (3, 3), STFT_SLOPE, compute, name=f"stft_{size}")
             hop = size // 4
             spectrum = stft(wav_BS, MelConfig(self.sample_rate, size, size, hop), normalized=True)
             middle = jnp.minimum(jnp.arange(spectrum.shape[1]) * hop + size // 2, wav_BS.shape[1] - 1)
             inside_BHW = jnp.broadcast_to(inside_BS[:, middle, None], spectrum.shape)
-            out.append(judge(jnp.stack([spectrum.real, spectrum.imag], axis=-1), inside_BHW))
-        judged, inside = zip(*out, strict=True)
-        return judged, inside
+            out.append(discriminator(jnp.stack([spectrum.real, spectrum.imag], axis=-1), inside_BHW))
+        outputs, inside = zip(*out, strict=True)
+        return outputs, inside
 
 
 def _fold(x_BS: jax.Array, period: int) -> jax.Array:
@@ -202,6 +202,20 @@ def init_variables(
     config: DiscriminatorConfig, sample_rate: int, compute: ComputeConfig, key: jax.Array
 ) -> dict[str, Any]:
     """Random variables {"params", "spectral"}; parameters are boxed with their logical axes."""
-    wav_BS = jnp.zeros((1, max(config.stft_sizes)), jnp.dtype(compute.param_dtype))
+    wav_BS, inside_BS = _some_row(config, compute)
+    return dict(Discriminators(config, sample_rate, compute).init(key, wav_BS, inside_BS))
+
+
+def init_spectral(
+    config: DiscriminatorConfig, sample_rate: int, compute: ComputeConfig, params: Any, key: jax.Array
+) -> Any:
+    """The collection "spectral" of parameters that come from elsewhere."""
+    rngs = {"params": key}
     model = Discriminators(config, sample_rate, compute)
-    return dict(model.init(key, wav_BS, jnp.ones(wav_BS.shape, bool)))
+    _, found = model.apply({"params": params}, *_some_row(config, compute), mutable=["spectral"], rngs=rngs)
+    return found["spectral"]
+
+
+def _some_row(config: DiscriminatorConfig, compute: ComputeConfig) -> tuple[jax.Array, jax.Array]:
+    shape = (1, max(config.stft_sizes, default=1024))
+    return jnp.zeros(shape, jnp.dtype(compute.param_dtype)), jnp.ones(shape, bool)

@@ -12,6 +12,7 @@ from mimo_jax.models.tokenizer.discriminators import (
     Discriminators,
     SpectralConv,
     conv,
+    init_spectral,
     init_variables,
     power_iteration,
 )
@@ -98,15 +99,15 @@ def test_shapes_at_the_published_size():
     samples = 7 * 81 * 8
     wav = jax.ShapeDtypeStruct((2, samples), jnp.float32)
     inside = jax.ShapeDtypeStruct((2, samples), jnp.bool_)
-    judged, places = jax.eval_shape(model.apply, variables, wav, inside)
-    assert len(judged) == 10 and all(len(one.features) == 5 for one in judged)
-    for one, where in zip(judged, places, strict=True):
+    outputs, places = jax.eval_shape(model.apply, variables, wav, inside)
+    assert len(outputs) == 10 and all(len(one.features) == 5 for one in outputs)
+    for one, where in zip(outputs, places, strict=True):
         assert one.logits_BHW.shape == where.logits_BHW.shape
         assert [f.shape[:3] for f in one.features] == [f.shape for f in where.features]
-    widths = [f.shape for f in judged[3].features]
+    widths = [f.shape for f in outputs[3].features]
     assert widths == [(2, 7, 216, 32), (2, 7, 72, 128), (2, 7, 24, 512), (2, 7, 8, 1024), (2, 7, 8, 1024)]
-    frequencies = [f.shape[2] for f in judged[5].features]
-    assert frequencies == [1025, 513, 257, 129, 129] and judged[5].features[0].shape[1] == samples // 512
+    frequencies = [f.shape[2] for f in outputs[5].features]
+    assert frequencies == [1025, 513, 257, 129, 129] and outputs[5].features[0].shape[1] == samples // 512
 
 
 def test_flops_are_those_of_the_convolutions():
@@ -117,12 +118,22 @@ def test_flops_are_those_of_the_convolutions():
     )
     model = Discriminators(published, 24_000, compute("float32"))
     arguments = (jax.ShapeDtypeStruct((1, samples), jnp.float32), jax.ShapeDtypeStruct((1, samples), jnp.bool_))
-    judged, _ = jax.eval_shape(model.apply, variables, *arguments)
-    for name, one in zip(published.names, judged, strict=True):
+    outputs, _ = jax.eval_shape(model.apply, variables, *arguments)
+    for name, one in zip(published.names, outputs, strict=True):
         kernels = [variables["params"][name][k]["kernel"].shape for k in sorted(variables["params"][name])]
         places = [np.prod(f.shape[1:3]) for f in one.features] + [np.prod(one.logits_BHW.shape[1:])]
         counted += sum(2.0 * np.prod(k) * p for k, p in zip(kernels, places, strict=True))
     assert published.flops_per_sample() * samples == pytest.approx(counted, rel=0.03)
+
+
+def test_vectors_for_kernels_from_elsewhere_are_fitted_to_them(small):
+    kernels = jax.tree.map(lambda x: 3.0 * x, small["params"])
+    found = jax.jit(lambda key: init_spectral(SMALL, 24_000, compute("float32"), kernels, key))(jax.random.key(5))
+    assert jax.tree.structure(found) == jax.tree.structure(small["spectral"])
+    for name in ("period_2", "stft_64"):
+        for layer, kernel in ((k, kernels[name][k]["kernel"]) for k in kernels[name]):
+            estimate, _ = power_iteration(jnp.reshape(kernel, (-1, kernel.shape[-1])), found[name][layer]["u"])
+            assert 0.9 * _largest(kernel) < float(estimate) < 1.0001 * _largest(kernel), (name, layer)
 
 
 def test_places_outside_of_clips_are_marked(small):
