@@ -17,11 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mimo_jax.atomic import atomic_write
-from mimo_jax.audio.pictures import INK, spectrograms
-
-# Colours that stay apart for readers who see red and green alike (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6000", "#666666", "#882255")
-_GRID = "#e3e7ee"
+from mimo_jax.audio.pictures import COLOURS, GRID, INK, spectrograms
 
 
 @dataclass(frozen=True)
@@ -220,7 +216,7 @@ def _axes(title: str, width: float, height: float) -> tuple[Any, Any]:
     canvas = Canvas(figsize=(width, height), layout="constrained")
     axes = canvas.add_subplot()
     axes.set_title(title, fontsize=10, color=INK, loc="left", fontweight="bold")
-    axes.grid(True, axis="y", color=_GRID, linewidth=0.8)
+    axes.grid(True, axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#aab2bf")

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "mimo_jax"
 # A module may import from its own layer and from those below it.
 LAYERS = (
     ("cli",),
+    ("parser",),
     ("verbs",),
     ("quickstart", "quickstart_report"),
     ("parity",),

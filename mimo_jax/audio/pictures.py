@@ -10,7 +10,9 @@ import numpy as np
 from mimo_jax.audio.features import hann_window, mel_filterbank
 from mimo_jax.config import MelConfig
 
-INK = "#1c2430"
+# Colours that stay apart for readers who see red and green alike (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6000", "#666666", "#882255")
+INK, GRID = "#1c2430", "#e3e7ee"
 _RANGE = 80.0  # dB
 
 

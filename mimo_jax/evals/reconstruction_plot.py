@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from mimo_jax.audio.pictures import COLOURS, GRID, INK
 from mimo_jax.evals.quality import COLUMNS
-from mimo_jax.report import COLOURS
 
 _WIDTH = 3  # panels in a row
-_INK, _GRID = "#1c2430", "#e3e7ee"
 
 
 def plot(content: Mapping[str, Any]) -> bytes:
@@ -48,7 +47,7 @@ def _panel(axes: Any, metric: str, systems: Mapping[str, Any]) -> None:
                 if prefix == "levels-":
                     number = system.removeprefix(prefix)
                     axes.annotate(
-                        number, (position, y), (0, 5), textcoords="offset points", fontsize=7, ha="center", color=_INK
+                        number, (position, y), (0, 5), textcoords="offset points", fontsize=7, ha="center", color=INK
                     )
         return chosen
 
@@ -64,13 +63,13 @@ def _panel(axes: Any, metric: str, systems: Mapping[str, Any]) -> None:
             axes.axhspan(found["low"], found["high"], color=colour, alpha=0.12, linewidth=0)
     column = COLUMNS[metric]
     better = "more is better" if column.more_is_better else "less is better"
-    axes.set_title(f"{column.label} ({better})", fontsize=9, color=_INK, loc="left", fontweight="bold")
+    axes.set_title(f"{column.label} ({better})", fontsize=9, color=INK, loc="left", fontweight="bold")
     axes.set_xscale("log")
     ticks = [t for t in (0.25, 0.5, 1, 2, 4, 6, 12, 24) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel("kbit/s", fontsize=8)
-    axes.grid(True, axis="y", color=_GRID, linewidth=0.8)
+    axes.grid(True, axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=_INK, length=3)
+    axes.tick_params(labelsize=8, colors=INK, length=3)
