@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# A level whose codes have a perplexity below this share of its entries (and of 2) carries next to nothing.
-_COLLAPSED = 0.01
+# A level whose codes have a perplexity below this share of its entries, or below this number, carries next to nothing.
+_COLLAPSED, _CONSTANT = 0.01, 1.1
 # Share of the gradient of the reconstruction loss under which the adversarial terms do not count.
 _UNHEARD = 1e-3
 _WON, _BLIND = 0.1, 0.01  # hinge loss of discriminators that have won; distance from a guess of those that see nothing
@@ -40,7 +40,7 @@ def codebook_symptoms(values: Mapping[str, float], sizes: Sequence[int]) -> dict
     low = {
         r: values[name]
         for r, size in enumerate(sizes)
-        if (name := f"level/{r:02d}/perplexity") in values and values[name] < max(2.0, _COLLAPSED * size)
+        if (name := f"level/{r:02d}/perplexity") in values and values[name] < max(_CONSTANT, _COLLAPSED * size)
     }
     if not low:
         return {}
