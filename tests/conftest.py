@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # Four virtual devices, so that meshes can be tested on any machine.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+# XLA has as many threads as devices, and a device that waits for another in a collective keeps its own: with none to
+# spare, they may all wait until XLA ends the process.
+os.environ.setdefault("NPROC", "8")
 # Ahead-of-time compilation for TPU: no metadata server here, and parallel tests must not fight over a lock file.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
